@@ -1,0 +1,694 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.13.0",
+#   "gymnasium[mujoco]>=1.0.0",
+#   "mujoco>=3.2.0",
+#   "tyro>=0.9.0",
+#   "tensorboard>=2.18.0",
+#   "tqdm>=4.66.0",
+# ]
+# ///
+"""TD3 + PAVE: smooth policies by shaping the critic (arXiv 2601.22970); the actor's loss stays plain TD3.
+
+Where the action maximises Q, implicit differentiation gives da*/ds = -(d2Q/da2)^-1 d2Q/dsda. So the policy's Lipschitz
+constant is at most M/mu: M, how fast the action gradient turns with the state; mu, how sharp the maximum is. PAVE adds
+three losses to each critic: two make M small, the third keeps mu away from zero.
+
+    MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)    mixed-partial regularisation
+    VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2                           vector-field consistency
+    Curv  mean max(0, v^T H v + delta),  H = d2Q/da2,  v = +-1                curvature preservation (Hutchinson)
+
+    critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
+
+Run:   python td3_pave_continuous.py --env-id HalfCheetah-v5
+Plain: python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the device
+
+# The paper's tuned (lambda_mpr, lambda_vfc, lambda_curv) for TD3; any other env starts where the paper's search does.
+TUNED_LAMBDAS = {
+    "LunarLanderContinuous": (0.1, 0.1, 0.01),
+    "Pendulum": (2.0, 0.005, 2.0),
+    "Reacher": (0.1, 0.1, 0.01),
+    "Ant": (0.1, 0.005, 0.5),
+    "Humanoid": (0.1, 0.005, 0.5),
+    "Hopper": (0.1, 0.005, 0.5),
+    "Walker2d": (0.1, 0.1, 0.01),
+}
+UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
+LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium id of an env with a vector observation and a bounded continuous action"""
+    seed: int = 1
+    """seed of everything random: networks, noise, replay, env"""
+    total_timesteps: int = 1_000_000
+    """env steps, each followed by one update"""
+    learning_starts: int = 10_000
+    """steps of uniformly random actions before the first update"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds"""
+    batch_size: int = 256
+    """transitions in a minibatch"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step of the target networks towards the critics, each update"""
+    policy_lr: float = 1e-3
+    """learning rate of the actor"""
+    q_lr: float = 1e-3
+    """learning rate of the critics"""
+
+    policy_frequency: int = 2
+    """critic updates per update of the actor and the target networks"""
+    exploration_noise: float = 0.1
+    """standard deviation of the noise on the actions taken, in units of [-1, 1]"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise on the target policy's actions, in units of [-1, 1]"""
+    noise_clip: float = 0.5
+    """bound of that noise"""
+
+    lambda_mpr: float | None = None
+    """weight of MPR; None: the paper's tuned value for this env, or 0.1"""
+    lambda_vfc: float | None = None
+    """weight of VFC; None: the paper's tuned value for this env, or 0.1"""
+    lambda_curv: float | None = None
+    """weight of Curv; None: the paper's tuned value for this env, or 0.01"""
+    mpr_sigma: float = 0.01
+    """standard deviation of MPR's noise, in the observation's own units"""
+    curv_delta: float = 1.0
+    """margin delta by which Curv wants v^T H v below zero"""
+    pave_batch_size: int | None = None
+    """rows of the minibatch that the PAVE terms use: fewer is an unbiased, cheaper estimate; None: all"""
+
+    cuda: bool = True
+    """use a CUDA device if there is one"""
+    torch_deterministic: bool = True
+    """let torch use deterministic algorithms only"""
+    compile: bool = True
+    """torch.compile the losses (some 30 s at the start, less from its cache)"""
+    output_dir: str = "runs"
+    """where the run's folder <env>__<script>__<seed>__<time> is made"""
+    eval_interval: int = 10_000
+    """steps between two evaluations of the deterministic policy"""
+    eval_episodes: int = 10
+    """episodes in an evaluation; 0: no evaluation"""
+    checkpoint_interval: int = 50_000
+    """steps after which the next episode end writes checkpoint.pt and actor.pt"""
+    resume: str | None = None
+    """checkpoint.pt (or its folder) to go on from, in that folder; its settings hold unless a flag says otherwise"""
+
+
+class UserError(Exception):
+    """Something that the user can mend; shown as one line, exit code 2."""
+
+
+def validate(args: Args) -> Args:
+    """Return args with each None replaced by its default for this env; UserError on a setting that makes no sense."""
+    defaults = dict(zip(LAMBDAS, TUNED_LAMBDAS.get(args.env_id.rpartition("-v")[0], UNTUNED_LAMBDAS), strict=True))
+    defaults["pave_batch_size"] = args.batch_size
+    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+    rules = {
+        "total_timesteps learning_starts batch_size policy_frequency": (lambda x: x >= 1, "at least 1"),
+        "eval_interval checkpoint_interval": (lambda x: x >= 1, "at least 1"),
+        "eval_episodes": (lambda x: x >= 0, "0 or more"),
+        "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
+        "policy_lr q_lr mpr_sigma": (lambda x: 0 < x < math.inf, "a positive number"),
+        "lambda_mpr lambda_vfc lambda_curv curv_delta exploration_noise policy_noise noise_clip": (
+            lambda x: 0 <= x < math.inf,
+            "0 or a positive number",
+        ),
+        "gamma tau": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+        "buffer_size": (lambda x: x >= args.batch_size, f"at least --batch-size ({args.batch_size})"),
+        "pave_batch_size": (lambda x: 1 <= x <= args.batch_size, f"from 1 to --batch-size ({args.batch_size})"),
+    }
+    for names, (holds, demand) in rules.items():
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {demand}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+
+def make_env(env_id: str) -> gym.Env:
+    """The env with actions rescaled to [-1, 1] and raw observations; UserError where a continuous policy can't act."""
+    try:
+        env = gym.make(env_id)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"cannot make --env-id {env_id}: {' '.join(str(error).split())}") from error
+    actions, observations = env.action_space, env.observation_space
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
+        raise UserError(f"{env_id} has the action space {actions}; this script needs a continuous vector, a 1-D Box")
+    if not np.isfinite([actions.low, actions.high]).all():
+        raise UserError(f"{env_id} has unbounded actions ({actions}); register it with a Box of finite low and high")
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        raise UserError(
+            f"{env_id} observes {type(observations).__name__}{observations.shape or ''}; this script needs a vector: "
+            "register the env wrapped in gymnasium.wrappers.FlattenObservation (images also need a CNN encoder)"
+        )
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+# -------------------------------------------------------------------------------------------------- replay buffer
+
+
+class ReplayBuffer:
+    """A ring of transitions on the device, one row each, so that adding is one copy and sampling one gather."""
+
+    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
+        """Raise UserError where `capacity` rows don't fit in the device's memory."""
+        self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
+        needed = capacity * sum(self.widths) * 4
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+        if needed > memory:
+            raise UserError(
+                f"a replay buffer of {capacity:,} transitions needs {needed / 1e9:.1f} GB, {device} has "
+                f"{memory / 1e9:.1f} GB: lower --buffer-size"
+            )
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        self.position, self.size = 0, 0
+
+    def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
+        row = np.concatenate([observation, next_observation, action, [reward, terminated]], dtype=np.float32)
+        self.rows[self.position] = torch.from_numpy(row)
+        self.position = (self.position + 1) % len(self.rows)
+        self.size = min(self.size + 1, len(self.rows))
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """B rows drawn uniformly: s (B, d_s), s' (B, d_s), a (B, d_a) in [-1, 1], rewards (B,), terminations (B,).
+
+        terminations is 1.0 where the episode truly ended; a time limit leaves 0.0, and s' is its true last observation.
+        """
+        rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
+        observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
+        return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
+    """Two hidden layers of SiLU: Curv needs a second derivative, and ReLU's is zero."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
+    )
+
+
+class QNetwork(nn.Module):
+    """Q(s, a): (B, d_s), (B, d_a) -> (B,)."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim + action_dim, 1)
+
+    def forward(self, observations, actions):
+        return self.net(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """The deterministic policy: (B, d_s) -> (B, d_a) in [-1, 1]."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim, action_dim)
+
+    def forward(self, observations):
+        return torch.tanh(self.net(observations))
+
+
+# -------------------------------------------------------------------- PAVE: paste from here to the next such line
+
+from typing import NamedTuple  # noqa: E402  here, so that the block needs nothing but `import torch` above it
+
+
+class PaveLosses(NamedTuple):
+    mpr: torch.Tensor  # ()
+    vfc: torch.Tensor  # ()
+    curvature: torch.Tensor  # ()
+    q_values: torch.Tensor  # (B,), Q(s, a): the TD loss needs no second forward pass
+
+
+def action_gradient(q, observations, actions):
+    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,).
+
+    `q` is one critic, any callable (B, d_s), (B, d_a) -> (B,) that treats its rows independently (no batch norm).
+    Raises ValueError if it returns another shape.
+    """
+
+    def total(a):
+        q_values = q(observations, a)
+        if q_values.shape != a.shape[:1]:
+            raise ValueError(f"q must return shape ({len(a)},), one value a row, not {tuple(q_values.shape)}")
+        return q_values.sum(), q_values  # rows are independent, so the sum's gradient is each row's own
+
+    return torch.func.grad(total, has_aux=True)(actions)
+
+
+def curvature_along(q, observations, actions, probe):
+    """v^T (d2Q/da2) v per sample (B,), with grad_a Q (B, d_a) and Q (B,) from the same pass."""
+
+    def along_probe(a):
+        gradient, q_values = action_gradient(q, observations, a)
+        return (gradient * probe).sum(), (gradient, q_values)
+
+    hessian_times_probe, (gradient, q_values) = torch.func.grad(along_probe, has_aux=True)(actions)
+    return (hessian_times_probe * probe).sum(-1), gradient, q_values
+
+
+def hutchinson_trace(q, observations, actions, probe):
+    """Hutchinson's estimate of tr(d2Q/da2): v^T (d2Q/da2) v (B,), one probe v (B, d_a) a sample; no Hessian is formed.
+
+    Differentiable in the parameters of `q`, eager or compiled: torch.func.grad, unlike torch.autograd.grad, traces to
+    plain operations. Its mean over Rademacher probes is the trace (Hutchinson 1989); exact if the Hessian is diagonal.
+    """
+    return curvature_along(q, observations, actions, probe)[0]
+
+
+def rademacher_like(actions):
+    """A probe of independent +1 and -1 in the shape, dtype and device of `actions`."""
+    return torch.randint_like(actions, 2) * 2 - 1
+
+
+def pave_losses(q, observations, actions, next_observations, state_noise, probe, delta):
+    """The three PAVE losses of one critic at replayed (s, a, s'); multiply by the lambdas and add to its TD loss.
+
+    q: callable (B, d_s), (B, d_a) -> (B,), twice differentiable (SiLU, not ReLU), rows independent
+    observations, next_observations: s and s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
+    state_noise: epsilon (B, d_s), drawn from N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like
+    delta: the margin of curvature, in units of Q
+    Means are over the batch and the action dimensions. Gradients flow to the parameters of `q` through every term.
+    Keep float32: MPR subtracts nearly equal gradients, and TF32 or bf16 would lose the difference.
+    """
+    trace, gradient, q_values = curvature_along(q, observations, actions, probe)
+    states = torch.cat([observations + state_noise, next_observations])
+    noisy_gradient, next_gradient = action_gradient(q, states, torch.cat([actions, actions]))[0].chunk(2)
+    return PaveLosses(
+        mpr=(noisy_gradient - gradient).square().mean(),
+        vfc=(next_gradient - gradient).square().mean(),
+        curvature=torch.relu(trace + delta).mean(),
+        q_values=q_values,
+    )
+
+
+def smoothness(actions, fs=1.0):
+    """sm of one episode: frequency weighted by the actions' spectrum (CAPS, Mysore et al. 2021); lower is smoother.
+
+    actions: array (T,) or (T, d_a) in the env's own action units; fs: sampling rate, 1 for cycles per step.
+    Mean over action dimensions of 2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2. T < 2 gives 0.0.
+    """
+    actions = torch.as_tensor(actions, dtype=torch.float64)
+    steps = len(actions)
+    if steps < 2:
+        return 0.0
+    spectrum = torch.fft.rfft(actions.reshape(steps, -1), dim=0)[: steps // 2].abs()
+    frequencies = torch.arange(steps // 2, dtype=torch.float64, device=actions.device) * (fs / steps)
+    return (2 / (steps * fs) * (frequencies @ spectrum)).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------- the updates
+
+
+def compile_or_eager(function):
+    """torch.compile(function), or `function` and a warning where the first call fails (no C++ compiler, say)."""
+    compiled = torch.compile(function)
+
+    def first_call(*inputs):
+        nonlocal chosen
+        try:
+            chosen, result = compiled, compiled(*inputs)
+        except Exception as error:
+            cause = str(error).strip().partition("\n")[0]
+            tqdm.write(f"warning: torch.compile does not work here, going on without it ({cause})", file=sys.stderr)
+            chosen, result = function, function(*inputs)
+        return result
+
+    chosen = first_call
+    return lambda *inputs: chosen(*inputs)
+
+
+class Agent(nn.Module):
+    """TD3: networks, optimizers and one method for each loss; `update` is one gradient step of each."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.args, self.device = args, device
+        self.use_pave = any(getattr(args, name) for name in LAMBDAS)
+        self.td_weight = 1.0  # TD3 sums the critics' squared errors; the tuned lambdas are relative to that
+        self.actor = Actor(observation_dim, action_dim)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
+        self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.to(device)
+        self.optimizers = {
+            "critics": torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True),
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True),
+        }
+        if args.compile:
+            self.critic_loss, self.actor_loss = compile_or_eager(self.critic_loss), compile_or_eager(self.actor_loss)
+        self.polyak = get_ema_multi_avg_fn(1 - args.tau)  # target += tau (online - target), all tensors in one call
+
+    @torch.no_grad()
+    def explore(self, observation: np.ndarray) -> np.ndarray:
+        """The policy's action (d_a,) with exploration noise, in [-1, 1]."""
+        observations = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
+        action = self.actor(observations)[0]
+        action += self.args.exploration_noise * torch.randn_like(action)
+        return action.clamp(-1, 1).cpu().numpy()
+
+    def td_target(self, next_observations, rewards, terminations, noise):
+        """r + gamma min Q'(s', clip(pi'(s') + clipped noise)); only a termination cuts the future. (B,)"""
+        noise = (self.args.policy_noise * noise).clamp(-self.args.noise_clip, self.args.noise_clip)
+        next_actions = (self.actor_target(next_observations) + noise).clamp(-1, 1)
+        next_q = torch.minimum(*(critic(next_observations, next_actions) for critic in self.critic_targets))
+        return rewards + (1 - terminations) * self.args.gamma * next_q
+
+    def critic_loss(
+        self, observations, next_observations, actions, rewards, terminations, target_noise, state_noise, probe
+    ):
+        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and each term's twin mean."""
+        with torch.no_grad():
+            target_q = self.td_target(next_observations, rewards, terminations, target_noise)
+        args, n = self.args, self.args.pave_batch_size
+        total, terms = 0.0, []
+        for critic in self.critics:
+            if self.use_pave:
+                pave = pave_losses(
+                    critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, args.curv_delta
+                )
+                q_values = pave.q_values
+                if n < len(actions):
+                    q_values = torch.cat([q_values, critic(observations[n:], actions[n:])])
+                total += args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + args.lambda_curv * pave.curvature
+            else:
+                q_values = critic(observations, actions)
+            td = F.mse_loss(q_values, target_q)
+            total += self.td_weight * td
+            terms.append(torch.stack([td, q_values.mean(), *(pave[:3] if self.use_pave else ())]).detach())
+        names = ("losses/qf_loss", "losses/q_values", "losses/mpr", "losses/vfc", "losses/curvature")
+        return total, dict(zip(names, (terms[0] + terms[1]) / 2, strict=False))  # plain: the first two
+
+    def actor_loss(self, observations):
+        """Plain TD3: mean of -Q1(s, pi(s))."""
+        return -self.critics[0](observations, self.actor(observations)).mean()
+
+    def update_critics(self, batch: tuple, step: int) -> dict:
+        """One step of both critics; returns what to log, as tensors that are still on the device."""
+        observations, actions = (part[: self.args.pave_batch_size] for part in (batch[0], batch[2]))
+        state_noise = self.args.mpr_sigma * torch.randn_like(observations) if self.use_pave else None
+        probe = rademacher_like(actions) if self.use_pave else None
+        loss, metrics = self.critic_loss(*batch, torch.randn_like(batch[2]), state_noise, probe)
+        if self.use_pave and step % LOG_INTERVAL == 0:
+            with torch.no_grad():
+                trace = hutchinson_trace(self.critics[0], observations, actions, probe)
+            metrics["geometry/curvature"] = trace.mean()
+            metrics["geometry/concave_fraction"] = (trace < 0).float().mean()
+        self.descend("critics", loss)
+        return metrics
+
+    def descend(self, name: str, loss: torch.Tensor) -> None:
+        """One Adam step of the optimizer `name` down the gradient of `loss`."""
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
+
+    def update(self, batch: tuple, step: int) -> dict:
+        """One update from a minibatch (see ReplayBuffer.sample); returns what to log."""
+        metrics = self.update_critics(batch, step)
+        if step % self.args.policy_frequency == 0:
+            self.critics.requires_grad_(False)  # the actor's loss goes through the critics, not into them
+            loss = self.actor_loss(batch[0])
+            self.descend("actor", loss)
+            self.critics.requires_grad_(True)
+            metrics["losses/actor_loss"] = loss.detach()
+            self.polyak(list(self.critic_targets.parameters()), list(self.critics.parameters()), None)
+            self.polyak(list(self.actor_target.parameters()), list(self.actor.parameters()), None)
+        return metrics
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
+    """Return, sm and oscillation of the deterministic policy over `episodes` episodes, always from the same starts.
+
+    env: from make_env. Smoothness and oscillation (mean |a_t+1 - a_t|) are in the env's own action units.
+    """
+    device = next(actor.parameters()).device
+    returns, smooth, oscillation = [], [], []
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=10_000 + episode)
+        rewards, actions, over = [], [], False
+        while not over:
+            action = actor(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])[0].cpu().numpy()
+            observation, reward, terminated, truncated, _ = env.step(action)
+            rewards.append(float(reward))
+            actions.append(env.action(action))
+            over = terminated or truncated
+        returns.append(sum(rewards))
+        smooth.append(smoothness(np.array(actions)))
+        oscillation.append(np.abs(np.diff(actions, axis=0)).mean() if len(actions) > 1 else 0.0)
+    means = {"return_mean": returns, "smoothness_mean": smooth, "oscillation": oscillation}
+    deviations = {"return_std": returns, "smoothness_std": smooth}
+    return {k: float(np.mean(v)) for k, v in means.items()} | {k: float(np.std(v)) for k, v in deviations.items()}
+
+
+def save(path: Path, content: dict) -> None:
+    """torch.save that leaves the old file whole until the new one is: written beside it, then renamed."""
+    partial = path.with_suffix(".partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # a full disk is either
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}, what was there is untouched: {error}") from error
+
+
+def numpy_generators(env: gym.Env) -> tuple:
+    """Every numpy generator that a run draws from: the global one, the env's and its action space's."""
+    return np.random.get_bit_generator(), env.np_random.bit_generator, env.action_space.np_random.bit_generator
+
+
+def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
+    """Write actor.pt (what a robot needs) and checkpoint.pt (all that --resume needs) into the run's folder."""
+    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+        raise UserError(f"training diverged at step {step:,}: a weight is not finite; the last checkpoint is untouched")
+    common = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
+    low, high = torch.from_numpy(env.env.action_space.low), torch.from_numpy(env.env.action_space.high)
+    save(run_dir / "actor.pt", common | {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high})
+    state = {
+        "agent": agent.state_dict(),
+        "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()},
+        "buffer_rows": buffer.rows[: buffer.size].clone(),  # a view would save the whole ring
+        "buffer_position": buffer.position,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if agent.device.type == "cuda" else None,
+        "numpy_rngs": json.dumps([generator.state for generator in numpy_generators(env)], default=np.ndarray.tolist),
+    }
+    save(run_dir / "checkpoint.pt", common | state)
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint.pt of this script; weights_only, so it can't execute code. UserError for any other file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise UserError(f"--resume cannot read {path} ({cause}): give the checkpoint.pt of a run") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT or "buffer_rows" not in checkpoint:
+        raise UserError(f"--resume {path} was not written by {SCRIPT}.py: give the checkpoint.pt of one of its runs")
+    return checkpoint
+
+
+def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> int:
+    """Put everything that a checkpoint holds back in place and return its step; UserError if it doesn't fit."""
+    args, rows, step = agent.args, checkpoint["buffer_rows"], checkpoint["step"]
+    if checkpoint["args"]["env_id"] != args.env_id:
+        raise UserError(f"--resume is a run on {checkpoint['args']['env_id']}, --env-id is {args.env_id}")
+    if step >= args.total_timesteps:
+        raise UserError(f"--resume is at step {step:,} already: raise --total-timesteps to go on")
+    if len(rows) > args.buffer_size:
+        raise UserError(f"--resume holds {len(rows):,} transitions: raise --buffer-size to hold them")
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        buffer.rows[: len(rows)] = rows
+        for name, optimizer in agent.optimizers.items():  # without the saved learning rates: a new --q-lr must hold
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": checkpoint["optimizers"][name], "param_groups": groups})
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"--resume does not fit this env and script: {' '.join(str(error).split())[:200]}") from error
+    buffer.size = len(rows)
+    buffer.position = checkpoint["buffer_position"] if len(rows) == args.buffer_size else len(rows)
+    torch.set_rng_state(checkpoint["torch_rng"])
+    if agent.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    for generator, state in zip(numpy_generators(env), json.loads(checkpoint["numpy_rngs"]), strict=True):
+        generator.state = state
+    return step
+
+
+def make_run_dir(args: Args) -> Path:
+    """The folder of the run: the checkpoint's own on --resume, else a new one. UserError if it can't be written."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__"
+    moment = int(time.time())
+    while (run_dir := Path(args.output_dir) / f"{name}{moment}").exists():
+        moment += 1  # another run of this second
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make a folder in --output-dir {args.output_dir} ({error}): choose another") from error
+    return run_dir
+
+
+def train(args: Args) -> Path:
+    """Train and return the run's folder. Raises UserError; SystemExit(128 + signal) once Ctrl-C or SIGTERM is saved."""
+    args = validate(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the still empty buffer
+    torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    env.action_space.seed(args.seed)
+    (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    agent = Agent(observation_dim, action_dim, args, device)
+    buffer = ReplayBuffer(args.buffer_size, observation_dim, action_dim, device)
+    observation, _ = env.reset(seed=args.seed)
+    start = 0
+    if args.resume:
+        start = restore(load_checkpoint(args.resume), agent, buffer, env)
+        observation, _ = env.reset()
+    run_dir = make_run_dir(args)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
+    settings = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")
+
+    stop_signal = 0
+
+    def request_stop(signum, _frame):
+        nonlocal stop_signal
+        stop_signal = signum
+        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
+
+    handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    terminal = sys.stdout.isatty()
+    bar = tqdm(total=args.total_timesteps, initial=start, unit="step", file=sys.stdout, disable=not terminal)
+    metrics, evaluation, evaluation_line = {}, {}, ""
+    episodic_return, episodic_length, began = 0.0, 0, time.time()
+    next_checkpoint = (start // args.checkpoint_interval + 1) * args.checkpoint_interval
+    try:
+        for step in range(start + 1, args.total_timesteps + 1):
+            if step <= args.learning_starts:
+                action = env.action_space.sample()
+            else:
+                action = agent.explore(observation)
+                metrics = agent.update(buffer.sample(args.batch_size), step)  # a GPU works at it during env.step
+            next_observation, reward, terminated, truncated, _ = env.step(action)
+            if not (np.isfinite(next_observation).all() and np.isfinite(reward)):
+                raise UserError(f"{args.env_id} returned a NaN or infinite observation or reward at step {step:,}")
+            buffer.add(observation, next_observation, action, reward, terminated)
+            observation, over = next_observation, terminated or truncated
+            episodic_return += float(reward)
+            episodic_length += 1
+
+            if metrics and (device.type == "cpu" or over or step % LOG_INTERVAL == 0):
+                values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+                if not all(map(math.isfinite, values.values())):
+                    raise UserError(f"training diverged at step {step:,}, lower --q-lr or the lambdas: {values}")
+                if step % LOG_INTERVAL == 0:
+                    for tag, value in values.items():
+                        writer.add_scalar(tag, value, step)
+                    writer.add_scalar("charts/SPS", (step - start) / (time.time() - began), step)
+            if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
+                evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
+                for key in ("return_mean", "smoothness_mean", "oscillation"):
+                    writer.add_scalar(f"eval/{key.removesuffix('_mean')}", evaluation[key], step)
+                evaluation_line = f"eval return {evaluation['return_mean']:.1f}, sm {evaluation['smoothness_mean']:.3f}"
+                if not terminal:
+                    speed = (step - start) / (time.time() - began)
+                    print(f"step {step:,}: {evaluation_line}, {speed:.0f} steps/s", flush=True)
+            bar.update()
+            if over:
+                writer.add_scalar("charts/episodic_return", episodic_return, step)
+                writer.add_scalar("charts/episodic_length", episodic_length, step)
+                bar.set_postfix_str(f"episode return {episodic_return:.1f} {evaluation_line}", refresh=False)
+                if step >= next_checkpoint:
+                    save_checkpoint(run_dir, step, agent, buffer, env)
+                    next_checkpoint = (step // args.checkpoint_interval + 1) * args.checkpoint_interval
+                observation, _ = env.reset()
+                episodic_return, episodic_length = 0.0, 0
+            if stop_signal:
+                break
+        save_checkpoint(run_dir, step, agent, buffer, env)
+        if stop_signal:
+            tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
+            raise SystemExit(128 + stop_signal)
+        summary = {name: getattr(args, name) for name in ("env_id", *LAMBDAS, "seed")} | {"algorithm": SCRIPT}
+        summary |= {"steps": step, "steps_per_second": (step - start) / (time.time() - began)} | evaluation
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        tqdm.write(f"done: {run_dir}")
+    finally:
+        bar.close()
+        writer.close()
+        env.close()
+        eval_env.close()
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    return run_dir
+
+
+def parse_args() -> Args:
+    """The command line; with --resume, the run's own settings take the place of the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:
+        try:
+            saved = replace(Args(**load_checkpoint(args.resume)["args"]), resume=args.resume)
+        except TypeError as error:
+            raise UserError(f"--resume {args.resume} is of another version of {SCRIPT}.py ({error})") from error
+        args = tyro.cli(Args, description=__doc__, default=saved)
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
