@@ -1,0 +1,36 @@
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("sac_pave_continuous", "td3_pave_continuous")
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the two scripts, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def small_args(script, tmp_path):
+    """Make settings for a short, cheap Pendulum run of `script` that writes below tmp_path."""
+
+    def make(**changes):
+        settings = {
+            "env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "batch_size": 32,
+            "buffer_size": 1000, "eval_interval": 200, "eval_episodes": 1, "compile": False,
+            "output_dir": str(tmp_path / "runs"),
+        }  # fmt: skip
+        return script.Args(**(settings | changes))
+
+    return make

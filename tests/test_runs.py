@@ -1,0 +1,329 @@
+"""Whole runs as a user sees them: files, curves, resuming, interrupts and every bad input."""
+
+import contextlib
+import json
+import os
+import pty
+import runpy
+import signal
+import subprocess
+import sys
+import termios
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import odd_envs  # noqa: F401  registers the odd_envs:* ids
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def weights(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)["agent"]
+
+
+def assert_same_weights(left, right):
+    left, right = weights(left), weights(right)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def command_line(script, *flags):
+    """Run the script as __main__ in this process; returns its exit code."""
+    argv = sys.argv
+    sys.argv = [f"{script.__name__}.py", *map(str, flags)]
+    try:
+        runpy.run_path(str(ROOT / f"{script.__name__}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def small_flags(args):
+    """`args` as flags for the command line."""
+    flags = []
+    for name, value in asdict(args).items():
+        flag = name.replace("_", "-")
+        if value is not None:
+            flags += (
+                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            )
+    return flags
+
+
+def test_a_run_leaves_what_the_readme_promises(script, small_args):
+    run_dir = script.train(small_args(total_timesteps=450, checkpoint_interval=200))
+    assert run_dir.name.startswith(f"Pendulum-v1__{script.SCRIPT}__1__")
+    assert not list(run_dir.glob("*.partial"))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["env_id"], summary["algorithm"], summary["steps"]) == ("Pendulum-v1", script.SCRIPT, 450)
+    assert tuple(summary[name] for name in script.LAMBDAS) == script.TUNED_LAMBDAS["Pendulum"]
+    assert {"return_mean", "return_std", "smoothness_mean", "smoothness_std", "oscillation"} <= summary.keys()
+    assert summary["steps_per_second"] > 0
+
+    curves = EventAccumulator(str(run_dir)).Reload()
+    expected = {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS")}
+    expected |= {f"eval/{x}" for x in ("return", "smoothness", "oscillation")}
+    expected |= {f"losses/{x}" for x in ("qf_loss", "mpr", "vfc", "curvature", "actor_loss", "q_values")}
+    expected |= {"geometry/curvature", "geometry/concave_fraction"}
+    expected |= {"losses/alpha"} if script.SCRIPT.startswith("sac") else set()
+    assert set(curves.Tags()["scalars"]) == expected
+    assert [event.step for event in curves.Scalars("eval/return")] == [200, 400, 450]
+    assert [event.value for event in curves.Scalars("charts/episodic_length")] == [200, 200]
+    assert curves.Scalars("eval/return")[-1].value == pytest.approx(summary["return_mean"], rel=1e-6)
+    text = curves.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|lambda_mpr|" in text
+
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)
+    actor = script.Actor(3, 1)
+    actor.load_state_dict(saved["actor"])
+    assert (saved["action_low"], saved["action_high"]) == (torch.tensor([-2.0]), torch.tensor([2.0]))
+    again = script.evaluate(actor, script.make_env("Pendulum-v1"), 1)
+    assert again["return_mean"] == pytest.approx(summary["return_mean"])
+
+
+def test_evaluation_measures_in_the_units_of_the_env(script):
+    class Constant(torch.nn.Linear):
+        def forward(self, observations):
+            self.calls = getattr(self, "calls", 0) + 1
+            return torch.tensor([[1.0 if self.calls % 2 else 0.5]])
+
+    result = script.evaluate(Constant(1, 1), script.make_env("odd_envs:Asymmetric-v0"), 2)
+    assert result["oscillation"] == pytest.approx(1.0)  # 0.5 of [-1, 1] is 1.0 of [0, 4]
+    assert result["smoothness_mean"] == pytest.approx(script.smoothness([4.0, 3.0] * 5))
+    assert result["return_std"] > 0
+
+
+def test_terminations_and_truncations_are_stored_with_the_true_last_observation(script, small_args):
+    run_dir = script.train(small_args(env_id="odd_envs:Fine-v0", total_timesteps=60, learning_starts=60))
+    rows = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer_rows"]
+    s, next_s, termination = rows[:, :3], rows[:, 3:6], rows[:, -1]
+    assert torch.equal(next_s[:, 1], s[:, 1] + 1)  # steps 1 to 10, never the next episode's 0
+    assert torch.equal(next_s[:, 2], s[:, 2])
+    assert termination.nonzero().flatten().tolist() == [9, 29, 49]  # only the even episodes' ends
+
+
+def test_same_seed_same_weights_other_seed_others(script, small_args):
+    first, second, other = (script.train(small_args(seed=seed)) for seed in (3, 3, 4))
+    assert_same_weights(first, second)
+    assert not torch.equal(weights(first)["actor.net.0.weight"], weights(other)["actor.net.0.weight"])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_killed_and_resumed_is_bit_identical_to_never_interrupted(script, small_args, compiled):
+    args = small_args(total_timesteps=1000, checkpoint_interval=350, compile=compiled, eval_episodes=0)
+    whole = script.train(args)
+    command = [
+        sys.executable,
+        ROOT / f"{script.__name__}.py",
+        *small_flags(replace(args, seed=1, output_dir=args.output_dir + "2")),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (saved := list(Path(args.output_dir + "2").glob("*/checkpoint.pt"))):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(saved[0], weights_only=True)["step"] == 400  # the first episode end after 350
+    script.train(replace(args, resume=str(saved[0])))
+    assert_same_weights(whole, saved[0].parent)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_saves_and_resumes_with_its_own_settings(script, small_args, signum, code):
+    args = small_args(total_timesteps=100_000, learning_starts=99_999, gamma=0.9)
+    command = [sys.executable, ROOT / f"{script.__name__}.py", *small_flags(args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("step 200:")
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "go on with --resume" in output
+    assert "Traceback" not in errors
+    path = output.split("--resume ")[1].strip()
+    step = torch.load(path, weights_only=True)["step"]
+    flags = ("--resume", path, "--total-timesteps", step + 10, "--no-compile", "--learning-starts", step)
+    assert command_line(script, *flags) == 0
+    resumed = torch.load(path, weights_only=True)
+    assert resumed["step"] == step + 10
+    assert resumed["args"]["gamma"] == 0.9
+
+
+def test_a_resumed_run_takes_a_new_learning_rate_and_a_larger_buffer(script, small_args):
+    run_dir = script.train(small_args(buffer_size=150, total_timesteps=200))
+    args = small_args(buffer_size=400, total_timesteps=202, q_lr=1e-9, resume=str(run_dir / "checkpoint.pt"))
+    before = weights(run_dir)
+    script.train(args)
+    change = max((weights(run_dir)[n] - before[n]).abs().max() for n in before if n.startswith("critics"))
+    assert change < 1e-7
+    assert len(torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer_rows"]) == 152
+
+
+BAD_SETTINGS = {
+    "unknown env": ({"env_id": "NoSuchRobot-v1"}, "NoSuchRobot"),
+    "missing simulator": ({"env_id": "odd_envs:NoSimulator-v0"}, "a_simulator_that_is_not_installed"),
+    "discrete actions": ({"env_id": "CartPole-v1"}, "continuous vector"),
+    "discrete actions of our own": ({"env_id": "odd_envs:Discrete-v0"}, "continuous vector"),
+    "matrix of actions": ({"env_id": "odd_envs:MatrixAction-v0"}, "continuous vector"),
+    "unbounded actions": ({"env_id": "odd_envs:Unbounded-v0"}, "unbounded"),
+    "dict observation": ({"env_id": "odd_envs:Dict-v0"}, "FlattenObservation"),
+    "image observation": ({"env_id": "odd_envs:Image-v0"}, "FlattenObservation"),
+    "negative mpr": ({"lambda_mpr": -0.1}, "--lambda-mpr is -0.1; it must be 0 or"),
+    "negative vfc": ({"lambda_vfc": -0.1}, "--lambda-vfc"),
+    "nan curv": ({"lambda_curv": float("nan")}, "--lambda-curv is nan"),
+    "sigma 0": ({"mpr_sigma": 0.0}, "--mpr-sigma is 0.0; it must be a positive"),
+    "negative delta": ({"curv_delta": -1.0}, "--curv-delta"),
+    "gamma over 1": ({"gamma": 1.1}, "--gamma is 1.1; it must be from 0 to 1"),
+    "tau below 0": ({"tau": -0.1}, "--tau"),
+    "policy lr 0": ({"policy_lr": 0.0}, "--policy-lr"),
+    "q lr negative": ({"q_lr": -1e-3}, "--q-lr"),
+    "batch over buffer": ({"batch_size": 64, "buffer_size": 32}, "--buffer-size is 32; it must be at least"),
+    "batch 0": ({"batch_size": 0}, "--batch-size"),
+    "learning starts 0": ({"learning_starts": 0}, "--learning-starts"),
+    "pave batch 0": ({"pave_batch_size": 0}, "--pave-batch-size is 0; it must be from 1 to --batch-size (32)"),
+    "pave batch over batch": ({"pave_batch_size": 33}, "--pave-batch-size"),
+    "no steps": ({"total_timesteps": 0}, "--total-timesteps"),
+    "negative episodes": ({"eval_episodes": -1}, "--eval-episodes"),
+    "eval interval 0": ({"eval_interval": 0}, "--eval-interval"),
+    "checkpoint interval 0": ({"checkpoint_interval": 0}, "--checkpoint-interval"),
+    "negative seed": ({"seed": -1}, "--seed"),
+    "buffer over memory": ({"buffer_size": 10**13}, "--buffer-size"),
+    "output below a file": ({"output_dir": str(ROOT / "LICENSE" / "runs")}, "--output-dir"),
+    "missing checkpoint": ({"resume": "/nowhere/checkpoint.pt"}, "--resume cannot read /nowhere/checkpoint.pt"),
+    "folder as checkpoint": ({"resume": str(ROOT)}, "--resume cannot read"),
+    "text as checkpoint": ({"resume": str(ROOT / "LICENSE")}, "--resume cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_input_is_one_clear_line_and_exit_code_2(script, small_args, capsys, case, tmp_path):
+    changes, message = BAD_SETTINGS[case]
+    assert command_line(script, *small_flags(small_args(**changes))) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_an_output_folder_that_cannot_be_written(script, small_args, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError("not yours")  # root, as in CI, may write anywhere
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(script.UserError, match="choose another"):
+        script.train(small_args())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(script, small_args, tmp_path):
+    run_dir = script.train(small_args(total_timesteps=120))
+    path = run_dir / "checkpoint.pt"
+    before = path.read_bytes()
+    for changes, message in (
+        ({"env_id": "odd_envs:Fine-v0"}, "a run on Pendulum-v1, --env-id is odd_envs:Fine-v0"),
+        ({"total_timesteps": 120}, "at step 120 already"),
+        ({"buffer_size": 100}, "raise --buffer-size"),
+    ):
+        with pytest.raises(script.UserError, match=message):
+            script.train(small_args(resume=str(path), **changes))
+    checkpoint = torch.load(path, weights_only=True)
+
+    def refused(name, content, message):
+        broken = tmp_path / name
+        broken.write_bytes(content) if isinstance(content, bytes) else torch.save(content, broken)
+        with pytest.raises(script.UserError, match=message) as caught:
+            script.train(small_args(resume=str(broken)))
+        assert "\n" not in str(caught.value)
+
+    refused("truncated.pt", before[: len(before) // 2], "cannot read")
+    refused("other_script.pt", checkpoint | {"script": "ddpg"}, "was not written by")
+    refused("actor.pt", torch.load(run_dir / "actor.pt", weights_only=True), "was not written by")
+    refused("foreign.pt", {"weights": torch.zeros(3)}, "was not written by")
+    refused("list.pt", [1, 2], "was not written by")
+    refused("code.pt", {"run": np.random.default_rng()}, "cannot read")
+    wide = {n: torch.zeros(7) for n in checkpoint["agent"]}
+    refused("shapes.pt", checkpoint | {"agent": wide}, "does not fit this env and script")
+    refused("rows.pt", checkpoint | {"buffer_rows": torch.zeros(5, 3)}, "does not fit this env and script")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("odd_envs:NanObservation-v0", "NaN or infinite observation or reward at step 45"),
+        ("odd_envs:InfReward-v0", "NaN or infinite observation or reward at step 45"),
+        ("odd_envs:HugeReward-v0", "training diverged at step"),
+    ],
+)
+def test_a_run_that_breaks_stops_at_once_and_keeps_its_last_checkpoint(script, small_args, env_id, message):
+    settings = {"env_id": env_id, "learning_starts": 20, "checkpoint_interval": 20, "eval_episodes": 0}
+    args = small_args(**settings, total_timesteps=300)
+    with pytest.raises(script.UserError, match=message):
+        script.train(args)
+    (path,) = Path(args.output_dir).glob("*/checkpoint.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["step"] == 40
+    assert all(value.isfinite().all() for value in checkpoint["agent"].values())
+
+
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_args, tmp_path):
+    args = script.validate(small_args())
+    agent = script.Agent(3, 1, args, torch.device("cpu"))
+    agent.actor.net[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(script.UserError, match="not finite"):
+        script.save_checkpoint(tmp_path, 7, agent, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(script, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    script.save(path, {"step": 1})
+
+    def full(content, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(script.UserError, match="No space left"):
+        script.save(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_terminal_gets_a_progress_bar(script, small_args):
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 160))
+    command = [sys.executable, ROOT / f"{script.__name__}.py", *small_flags(small_args())]
+    process = subprocess.Popen(command, stdout=child, stderr=child)
+    os.close(child)
+    output = b""
+    with contextlib.suppress(OSError):  # raised once the terminal is closed
+        while chunk := os.read(parent, 4096):
+            output += chunk
+    assert process.wait() == 0
+    assert b"300/300" in output
+    assert b"eval return" in output
+    assert b"episode return" in output
+
+
+def test_the_rescaled_env_maps_the_bounds(script):
+    env = script.make_env("odd_envs:Asymmetric-v0")
+    assert env.action(np.array([-1.0], np.float32)) == 0.0
+    assert env.action(np.array([1.0], np.float32)) == 4.0
+    assert isinstance(env.unwrapped, gym.Env)
+
+
+def test_pendulum_is_learned(script, small_args):
+    """Random play returns about -1200, a learned policy about -160; the margin is wide on purpose."""
+    args = small_args(
+        total_timesteps=7_000, learning_starts=1_000, gamma=0.98, batch_size=128, pave_batch_size=32,
+        buffer_size=10_000, policy_lr=1e-3, eval_interval=7_000, eval_episodes=5, compile=True,
+    )  # fmt: skip
+    summary = json.loads((script.train(args) / "summary.json").read_text())
+    assert summary["return_mean"] > -450
+    assert summary["smoothness_mean"] < 1.5
