@@ -123,7 +123,7 @@ class Args:
     checkpoint_interval: int = 50_000
     """steps after which the next episode end writes checkpoint.pt and actor.pt"""
     resume: str | None = None
-    """checkpoint.pt (or its folder) to go on from, in that folder; its settings hold unless a flag says otherwise"""
+    """checkpoint.pt of a run to go on with, in its folder; its settings hold unless a flag says otherwise"""
 
 
 class UserError(Exception):
@@ -658,7 +658,7 @@ def train(args: Args) -> Path:
         if stop_signal:
             tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
             raise SystemExit(128 + stop_signal)
-        summary = {name: getattr(args, name) for name in ("env_id", *LAMBDAS, "seed")} | {"algorithm": SCRIPT}
+        summary = {"algorithm": SCRIPT} | {name: getattr(args, name) for name in ("env_id", *LAMBDAS, "seed")}
         summary |= {"steps": step, "steps_per_second": (step - start) / (time.time() - began)} | evaluation
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         tqdm.write(f"done: {run_dir}")
