@@ -4,7 +4,7 @@
 #   "torch>=2.13.0",
 #   "gymnasium[mujoco]>=1.0.0",
 #   "mujoco>=3.2.0",
-#   "tyro>=0.9.0",
+#   "tyro>=1.0.0",
 #   "tensorboard>=2.18.0",
 #   "tqdm>=4.66.0",
 # ]
