@@ -21,8 +21,10 @@ three losses to each critic: two make M small, the third keeps mu away from zero
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Run:   python sac_pave_continuous.py --env-id HalfCheetah-v5
-Plain: python sac_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0
+Run it, or its plain algorithm, in which no PAVE code runs:
+
+    python sac_pave_continuous.py --env-id HalfCheetah-v5
+    python sac_pave_continuous.py --env-id HalfCheetah-v5 --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0
 """
 
 import copy
