@@ -19,7 +19,7 @@ three losses to each critic: two make M small, the third keeps mu away from zero
     VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2                           vector-field consistency
     Curv  mean max(0, v^T H v + delta),  H = d2Q/da2,  v = +-1                curvature preservation (Hutchinson)
 
-    critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
+    critic loss = 1/2 TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
 Run it, or its plain algorithm, in which no PAVE code runs:
 
@@ -70,7 +70,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"
     """Gymnasium id of an env with a vector observation and a bounded continuous action"""
     seed: int = 1
-    """seed of everything random: networks, noise, replay, env"""
+    """seed of the networks, the noise, the replay and the env"""
     total_timesteps: int = 1_000_000
     """env steps, each followed by one update"""
     learning_starts: int = 10_000
@@ -131,9 +131,8 @@ class UserError(Exception):
 
 
 def validate(args: Args) -> Args:
-    """Return args with each None replaced by its default for this env; UserError on a setting that makes no sense."""
-    defaults = dict(zip(LAMBDAS, TUNED_LAMBDAS.get(args.env_id.rpartition("-v")[0], UNTUNED_LAMBDAS), strict=True))
-    defaults["pave_batch_size"] = args.batch_size
+    """Return args with each None lambda looked up for this env; UserError on a setting that makes no sense."""
+    defaults = dict(zip(LAMBDAS, TUNED_LAMBDAS.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS), strict=True))
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     rules = {
         "total_timesteps learning_starts batch_size policy_frequency": (lambda x: x >= 1, "at least 1"),
@@ -144,7 +143,10 @@ def validate(args: Args) -> Args:
         "lambda_mpr lambda_vfc lambda_curv curv_delta": (lambda x: 0 <= x < math.inf, "0 or a positive number"),
         "gamma tau": (lambda x: 0 <= x <= 1, "from 0 to 1"),
         "buffer_size": (lambda x: x >= args.batch_size, f"at least --batch-size ({args.batch_size})"),
-        "pave_batch_size": (lambda x: 1 <= x <= args.batch_size, f"from 1 to --batch-size ({args.batch_size})"),
+        "pave_batch_size": (
+            lambda x: x is None or 1 <= x <= args.batch_size,
+            f"from 1 to --batch-size ({args.batch_size})",
+        ),
     }
     for names, (holds, demand) in rules.items():
         for name in names.split():
@@ -156,6 +158,14 @@ def validate(args: Args) -> Args:
 # ---------------------------------------------------------------------------------------------------- environment
 
 
+class NormalizedAction(gym.wrappers.RescaleAction):
+    """The env with its actions, whatever their bounds, rescaled to [-1, 1]."""
+
+    def action(self, action):
+        """The action in the env's own units; clipped, since rounding can step over the bounds."""
+        return np.clip(super().action(action), self.env.action_space.low, self.env.action_space.high)
+
+
 def make_env(env_id: str) -> gym.Env:
     """The env with actions rescaled to [-1, 1] and raw observations; UserError where a continuous policy can't act."""
     try:
@@ -163,16 +173,20 @@ def make_env(env_id: str) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         raise UserError(f"cannot make --env-id {env_id}: {' '.join(str(error).split())}") from error
     actions, observations = env.action_space, env.observation_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
-        raise UserError(f"{env_id} has the action space {actions}; this script needs a continuous vector, a 1-D Box")
-    if not np.isfinite([actions.low, actions.high]).all():
-        raise UserError(f"{env_id} has unbounded actions ({actions}); register it with a Box of finite low and high")
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
+        raise UserError(
+            f"{env_id} has the action space {actions}; this script needs a continuous vector, a 1-D float Box"
+        )
+    if not (np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()):
+        raise UserError(f"{env_id} has unbounded or locked actions ({actions}); register it with finite low < high")
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         raise UserError(
             f"{env_id} observes {type(observations).__name__}{observations.shape or ''}; this script needs a vector: "
             "register the env wrapped in gymnasium.wrappers.FlattenObservation (images also need a CNN encoder)"
         )
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    # a copy each: some envs return one array that they change in place, and s would turn into s' in the buffer
+    env = gym.wrappers.TransformObservation(env, lambda observation: np.array(observation, np.float32), None)
+    return NormalizedAction(env, np.float32(-1), np.float32(1))
 
 
 # -------------------------------------------------------------------------------------------------- replay buffer
@@ -257,7 +271,7 @@ class Actor(nn.Module):
 
 # -------------------------------------------------------------------- PAVE: paste from here to the next such line
 
-from typing import NamedTuple  # noqa: E402  here, so that the block needs nothing but `import torch` above it
+from typing import NamedTuple  # noqa: E402  here: above the pasted block only `import torch` is needed
 
 
 class PaveLosses(NamedTuple):
@@ -277,7 +291,9 @@ def action_gradient(q, observations, actions):
     def total(a):
         q_values = q(observations, a)
         if q_values.shape != a.shape[:1]:
-            raise ValueError(f"q must return shape ({len(a)},), one value a row, not {tuple(q_values.shape)}")
+            raise ValueError(
+                f"q must return shape ({len(a)},), not {tuple(q_values.shape)}: pass lambda s, a: q(s, a).squeeze(-1)"
+            )
         return q_values.sum(), q_values  # rows are independent, so the sum's gradient is each row's own
 
     return torch.func.grad(total, has_aux=True)(actions)
@@ -309,9 +325,13 @@ def rademacher_like(actions):
 
 
 def pave_losses(q, observations, actions, next_observations, state_noise, probe, delta):
-    """The three PAVE losses of one critic at replayed (s, a, s'); multiply by the lambdas and add to its TD loss.
+    """The three PAVE losses of one critic at replayed (s, a, s'); multiply by the lambdas and add to its TD loss:
 
-    q: callable (B, d_s), (B, d_a) -> (B,), twice differentiable (SiLU, not ReLU), rows independent
+        state_noise, probe = sigma * torch.randn_like(s), rademacher_like(a)  # the same for every critic
+        mpr, vfc, curvature, q_values = pave_losses(q, s, a, next_s, state_noise, probe, delta)
+        loss = mse_loss(q_values, target) + lambda_mpr * mpr + lambda_vfc * vfc + lambda_curv * curvature
+
+    q: callable (B, d_s), (B, d_a) -> (B,), rows independent; smooth (SiLU): with ReLU, Curv has no gradient
     observations, next_observations: s and s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
     state_noise: epsilon (B, d_s), drawn from N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like
     delta: the margin of curvature, in units of Q
@@ -348,21 +368,20 @@ def smoothness(actions, fs=1.0):
 
 
 def compile_or_eager(function):
-    """torch.compile(function), or `function` and a warning where the first call fails (no C++ compiler, say)."""
-    compiled = torch.compile(function)
+    """torch.compile(function), or `function` and a warning where a call of it fails (no C++ compiler, say)."""
+    fast = torch.compile(function)
 
-    def first_call(*inputs):
-        nonlocal chosen
+    def call(*inputs):
+        nonlocal fast
         try:
-            chosen, result = compiled, compiled(*inputs)
+            return fast(*inputs)
         except Exception as error:
             cause = str(error).strip().partition("\n")[0]
             tqdm.write(f"warning: torch.compile does not work here, going on without it ({cause})", file=sys.stderr)
-            chosen, result = function, function(*inputs)
-        return result
+            fast = function
+            return function(*inputs)
 
-    chosen = first_call
-    return lambda *inputs: chosen(*inputs)
+    return call
 
 
 class Agent(nn.Module):
@@ -372,18 +391,23 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         self.use_pave = any(getattr(args, name) for name in LAMBDAS)
+        self.pave_rows = args.pave_batch_size or args.batch_size
         self.td_weight = 0.5  # SAC halves each critic's squared error; the tuned lambdas are relative to that
-        self.target_entropy = -action_dim
+        self.action_dim, self.target_entropy = action_dim, -action_dim
         self.actor = Actor(observation_dim, action_dim)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(1.0 if args.autotune else args.alpha).log())
+        if args.autotune:
+            self.log_alpha = nn.Parameter(torch.zeros(()))
+        else:  # not in checkpoints, so that a resumed run takes a new --alpha
+            self.register_buffer("log_alpha", torch.tensor(args.alpha).log(), persistent=False)
         self.to(device)
         self.optimizers = {
             "critics": torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True),
             "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True),
-            "alpha": torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True),
         }
+        if args.autotune:
+            self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True)
         if args.compile:
             self.critic_loss, self.actor_loss = compile_or_eager(self.critic_loss), compile_or_eager(self.actor_loss)
         self.polyak = get_ema_multi_avg_fn(1 - args.tau)  # target += tau (online - target), all tensors in one call
@@ -392,7 +416,7 @@ class Agent(nn.Module):
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """An action (d_a,) in [-1, 1] drawn from the policy."""
         observations = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
-        noise = torch.randn(1, -self.target_entropy, device=self.device)
+        noise = torch.randn(1, self.action_dim, device=self.device)
         return self.actor.sample(observations, noise)[0][0].cpu().numpy()
 
     def td_target(self, next_observations, rewards, terminations, noise):
@@ -401,13 +425,12 @@ class Agent(nn.Module):
         next_q = torch.minimum(*(critic(next_observations, next_actions) for critic in self.critic_targets))
         return rewards + (1 - terminations) * self.args.gamma * (next_q - self.log_alpha.exp() * next_log_prob)
 
-    def critic_loss(
-        self, observations, next_observations, actions, rewards, terminations, target_noise, state_noise, probe
-    ):
+    def critic_loss(self, batch: tuple, target_noise, state_noise, probe):
         """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and each term's twin mean."""
+        observations, next_observations, actions, rewards, terminations = batch
         with torch.no_grad():
             target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n = self.args, self.args.pave_batch_size
+        args, n = self.args, self.pave_rows
         total, terms = 0.0, []
         for critic in self.critics:
             if self.use_pave:
@@ -434,10 +457,10 @@ class Agent(nn.Module):
 
     def update_critics(self, batch: tuple, step: int) -> dict:
         """One step of both critics; returns what to log, as tensors that are still on the device."""
-        observations, actions = (part[: self.args.pave_batch_size] for part in (batch[0], batch[2]))
+        observations, actions = batch[0][: self.pave_rows], batch[2][: self.pave_rows]
         state_noise = self.args.mpr_sigma * torch.randn_like(observations) if self.use_pave else None
         probe = rademacher_like(actions) if self.use_pave else None
-        loss, metrics = self.critic_loss(*batch, torch.randn_like(batch[2]), state_noise, probe)
+        loss, metrics = self.critic_loss(batch, torch.randn_like(batch[2]), state_noise, probe)
         if self.use_pave and step % LOG_INTERVAL == 0:
             with torch.no_grad():
                 trace = hutchinson_trace(self.critics[0], observations, actions, probe)
@@ -523,7 +546,7 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     state = {
         "agent": agent.state_dict(),
         "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()},
-        "buffer_rows": buffer.rows[: buffer.size].clone(),  # a view would save the whole ring
+        "buffer_rows": buffer.rows[: buffer.size].to("cpu", copy=True),  # a view would save the whole ring
         "buffer_position": buffer.position,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if agent.device.type == "cuda" else None,
@@ -575,10 +598,8 @@ def make_run_dir(args: Args) -> Path:
     """The folder of the run: the checkpoint's own on --resume, else a new one. UserError if it can't be written."""
     if args.resume:
         return Path(args.resume).parent
-    name = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__"
-    moment = int(time.time())
-    while (run_dir := Path(args.output_dir) / f"{name}{moment}").exists():
-        moment += 1  # another run of this second
+    env_name, milliseconds = re.sub(r"[^A-Za-z0-9_.-]", "-", args.env_id), time.time_ns() // 1_000_000
+    run_dir = Path(args.output_dir) / f"{env_name}__{SCRIPT}__{args.seed}__{milliseconds}"
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -595,7 +616,8 @@ def train(args: Args) -> Path:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the still empty buffer
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
-    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    env = make_env(args.env_id)
+    eval_env = make_env(args.env_id) if args.eval_episodes else env
     env.action_space.seed(args.seed)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     agent = Agent(observation_dim, action_dim, args, device)
@@ -631,11 +653,12 @@ def train(args: Args) -> Path:
                 action = agent.explore(observation)
                 metrics = agent.update(buffer.sample(args.batch_size), step)  # a GPU works at it during env.step
             next_observation, reward, terminated, truncated, _ = env.step(action)
-            if not (np.isfinite(next_observation).all() and np.isfinite(reward)):
+            reward = float(reward)
+            if not all(np.isfinite(value).all() for value in (observation, next_observation, reward)):
                 raise UserError(f"{args.env_id} returned a NaN or infinite observation or reward at step {step:,}")
             buffer.add(observation, next_observation, action, reward, terminated)
             observation, over = next_observation, terminated or truncated
-            episodic_return += float(reward)
+            episodic_return += reward
             episodic_length += 1
 
             if metrics and (device.type == "cpu" or over or step % LOG_INTERVAL == 0):
@@ -662,7 +685,8 @@ def train(args: Args) -> Path:
                 if step >= next_checkpoint:
                     save_checkpoint(run_dir, step, agent, buffer, env)
                     next_checkpoint = (step // args.checkpoint_interval + 1) * args.checkpoint_interval
-                observation, _ = env.reset()
+                if step < args.total_timesteps and not stop_signal:  # else --resume does it, from the same random state
+                    observation, _ = env.reset()
                 episodic_return, episodic_length = 0.0, 0
             if stop_signal:
                 break

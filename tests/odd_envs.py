@@ -8,21 +8,37 @@ from gymnasium.spaces import Box, Dict, Discrete
 class Odd(gym.Env):
     """A point that drifts with the action, in 10-step episodes; the observation is (position, step, episode)."""
 
-    def __init__(self, observation_space=None, action_space=None, bad_step=None, bad_reward=0.0, bad_observation=0.0):
+    def __init__(
+        self,
+        observation_space=None,
+        action_space=None,
+        bad_step=None,
+        bad_reward=0.0,
+        bad_observation=0.0,
+        aliased=False,
+    ):
         self.observation_space = observation_space or Box(-np.inf, np.inf, (3,))
         self.action_space = action_space or Box(-1, 1, (1,))
         self.bad_step, self.bad_reward, self.bad_observation = bad_step, bad_reward, bad_observation
         self.total, self.episode = 0, -1
+        self.aliased = np.zeros(3) if aliased else None
 
     def observe(self):
-        return np.array([self.position, self.steps, self.episode], dtype=np.float32)
+        if self.aliased is None:
+            return np.array([self.position, self.steps, self.episode], dtype=np.float32)
+        self.aliased[:] = self.position, self.steps, self.episode
+        return self.aliased
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.position, self.steps, self.episode = self.np_random.normal(), 0, self.episode + 1
-        return self.observe(), {}
+        observation = self.observe()
+        if self.bad_step == 0:
+            observation[0] += self.bad_observation
+        return observation, {}
 
     def step(self, action):
+        assert self.action_space.contains(action), action
         self.steps += 1
         self.total += 1
         self.position += float(action[0])
@@ -41,10 +57,14 @@ def register(name, **kwargs):
 
 register("Fine")
 register("Discrete", action_space=Discrete(3))
+register("Integer", action_space=Box(0, 10, (1,), np.int32))
+register("Locked", action_space=Box(np.array([-1, 0.5], np.float32), np.array([1, 0.5], np.float32)))
+register("Aliased", aliased=True)
 register("Unbounded", action_space=Box(-np.inf, np.inf, (1,)))
 register("MatrixAction", action_space=Box(-1, 1, (2, 2)))
 register("Dict", observation_space=Dict({"joints": Box(-1, 1, (2,))}))
 register("Image", observation_space=Box(0, 255, (32, 32, 3), np.uint8))
+register("NanReset", bad_step=0, bad_observation=np.nan)
 register("NanObservation", bad_step=45, bad_observation=np.nan)
 register("InfReward", bad_step=45, bad_reward=np.inf)
 register("HugeReward", bad_step=45, bad_reward=1e30)

@@ -89,8 +89,8 @@ def test_pave_adds_its_weighted_terms_of_both_critics(script, float64):
     agent, plain, batch = make_agent(script, **weights), make_agent(script), make_batch()
     s, next_s, a, _, _ = batch
     target_noise, noise, probe = torch.randn(ROWS, ACTIONS), 0.01 * torch.randn(ROWS, STATES), script.rademacher_like(a)
-    loss, metrics = agent.critic_loss(*batch, target_noise, noise, probe)
-    plain_loss, plain_metrics = plain.critic_loss(*batch, target_noise, None, None)
+    loss, metrics = agent.critic_loss(batch, target_noise, noise, probe)
+    plain_loss, plain_metrics = plain.critic_loss(batch, target_noise, None, None)
     terms = [script.pave_losses(q, s, a, next_s, noise, probe, 1.0) for q in agent.critics]
     added = sum(2.0 * t.mpr + 3.0 * t.vfc + 0.5 * t.curvature for t in terms)
     torch.testing.assert_close(loss, plain_loss + added)
@@ -102,8 +102,8 @@ def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(scrip
     agent, batch = make_agent(script, lambda_mpr=1.0, pave_batch_size=8), make_batch()
     s, next_s, a, _, _ = batch
     target_noise, noise, probe = torch.randn(ROWS, ACTIONS), torch.randn(8, STATES), script.rademacher_like(a[:8])
-    loss, metrics = agent.critic_loss(*batch, target_noise, noise, probe)
-    plain_loss, plain_metrics = make_agent(script).critic_loss(*batch, target_noise, None, None)
+    loss, metrics = agent.critic_loss(batch, target_noise, noise, probe)
+    plain_loss, plain_metrics = make_agent(script).critic_loss(batch, target_noise, None, None)
     added = sum(script.pave_losses(q, s[:8], a[:8], next_s[:8], noise, probe, 1.0).mpr for q in agent.critics)
     torch.testing.assert_close(loss, plain_loss + added)
     torch.testing.assert_close(metrics["losses/q_values"], plain_metrics["losses/q_values"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import odd_envs  # noqa: F401  registers the odd_envs:* ids
+import odd_envs  # its import registers the odd_envs:* ids
 import pytest
 import torch
 from conftest import ROOT
@@ -100,8 +100,10 @@ def test_evaluation_measures_in_the_units_of_the_env(script):
     assert result["return_std"] > 0
 
 
-def test_terminations_and_truncations_are_stored_with_the_true_last_observation(script, small_args):
-    run_dir = script.train(small_args(env_id="odd_envs:Fine-v0", total_timesteps=60, learning_starts=60))
+@pytest.mark.parametrize("env_id", ["odd_envs:Fine-v0", "odd_envs:Aliased-v0"])
+def test_terminations_and_truncations_are_stored_with_the_true_last_observation(script, small_args, env_id):
+    """Also of an env that returns one array, which it changes in place."""
+    run_dir = script.train(small_args(env_id=env_id, total_timesteps=60, learning_starts=60))
     rows = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer_rows"]
     s, next_s, termination = rows[:, :3], rows[:, 3:6], rows[:, -1]
     assert torch.equal(next_s[:, 1], s[:, 1] + 1)  # steps 1 to 10, never the next episode's 0
@@ -170,6 +172,8 @@ BAD_SETTINGS = {
     "missing simulator": ({"env_id": "odd_envs:NoSimulator-v0"}, "a_simulator_that_is_not_installed"),
     "discrete actions": ({"env_id": "CartPole-v1"}, "continuous vector"),
     "discrete actions of our own": ({"env_id": "odd_envs:Discrete-v0"}, "continuous vector"),
+    "integer actions": ({"env_id": "odd_envs:Integer-v0"}, "continuous vector"),
+    "locked action": ({"env_id": "odd_envs:Locked-v0"}, "finite low < high"),
     "matrix of actions": ({"env_id": "odd_envs:MatrixAction-v0"}, "continuous vector"),
     "unbounded actions": ({"env_id": "odd_envs:Unbounded-v0"}, "unbounded"),
     "dict observation": ({"env_id": "odd_envs:Dict-v0"}, "FlattenObservation"),
@@ -280,6 +284,11 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_ar
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reset_to_nan_is_named(script, small_args):
+    with pytest.raises(script.UserError, match="NaN or infinite observation or reward at step 1"):
+        script.train(small_args(env_id="odd_envs:NanReset-v0"))
+
+
 def test_a_full_disk_leaves_the_old_file(script, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     script.save(path, {"step": 1})
@@ -311,11 +320,42 @@ def test_a_terminal_gets_a_progress_bar(script, small_args):
     assert b"episode return" in output
 
 
-def test_the_rescaled_env_maps_the_bounds(script):
+def test_the_rescaled_env_maps_the_bounds_and_never_steps_over_them(script):
     env = script.make_env("odd_envs:Asymmetric-v0")
-    assert env.action(np.array([-1.0], np.float32)) == 0.0
-    assert env.action(np.array([1.0], np.float32)) == 4.0
-    assert isinstance(env.unwrapped, gym.Env)
+    assert [env.action(np.array([x], np.float32)) for x in (-1.0, 0.0, 1.0)] == [0.0, 2.0, 4.0]
+    for seed in range(300):
+        high = np.random.default_rng(seed).uniform(0.1, 9, 1).astype(np.float32)
+        gym.register("Bounded-v0", entry_point=lambda high=high: odd_envs.Odd(action_space=gym.spaces.Box(-high, high)))
+        env = script.make_env("Bounded-v0")
+        del gym.registry["Bounded-v0"]
+        assert all(env.unwrapped.action_space.contains(env.action(np.array([x], np.float32))) for x in (-1.0, 1.0))
+
+
+def test_an_id_without_a_version_finds_its_tuned_lambdas(script):
+    for env_id in ("Hopper", "Hopper-v4", "Hopper-v5"):
+        assert script.validate(script.Args(env_id=env_id)).lambda_curv == script.TUNED_LAMBDAS["Hopper"][2]
+    assert script.validate(script.Args(env_id="HalfCheetah-v5", lambda_vfc=0.0)).lambda_mpr == 0.1
+
+
+def test_a_finished_run_that_goes_on_is_bit_identical_to_a_longer_one(script, small_args):
+    """The end falls on an episode's end; the reset after it must draw from the same random state."""
+    whole = script.train(small_args(total_timesteps=430, eval_episodes=0))
+    part = script.train(small_args(total_timesteps=400, eval_episodes=0))
+    path = str(part / "checkpoint.pt")
+    script.train(small_args(total_timesteps=430, eval_episodes=0, resume=path))
+    assert_same_weights(whole, part)
+
+
+def test_a_resumed_run_takes_a_new_alpha_and_batch_size(tmp_path):
+    import sac_pave_continuous as script
+
+    settings = {"env_id": "Pendulum-v1", "learning_starts": 50, "compile": False, "eval_episodes": 0}
+    settings |= {"autotune": False, "buffer_size": 500, "output_dir": str(tmp_path)}
+    run_dir = script.train(script.Args(**settings, total_timesteps=60, alpha=0.2, batch_size=32))
+    flags = ("--total-timesteps", 400, "--alpha", 0.7, "--batch-size", 8)
+    assert command_line(script, "--resume", run_dir / "checkpoint.pt", *flags) == 0
+    alphas = EventAccumulator(str(run_dir)).Reload().Scalars("losses/alpha")
+    assert alphas[-1].value == pytest.approx(0.7)
 
 
 def test_pendulum_is_learned(script, small_args):
