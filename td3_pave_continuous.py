@@ -264,7 +264,7 @@ class Actor(nn.Module):
         return torch.tanh(self.net(observations))
 
 
-# -------------------------------------------------------------------- PAVE: paste from here to the next such line
+# -------------------------------------------------------------------- PAVE: paste from here to the next dashed line
 
 from typing import NamedTuple  # noqa: E402  here: above the pasted block only `import torch` is needed
 

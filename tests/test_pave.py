@@ -169,7 +169,7 @@ def test_compiled_equals_eager(script, float64, critic):
 
 def test_block_pastes_with_import_torch_alone(script):
     text = (ROOT / f"{script.__name__}.py").read_text()
-    block = text.split("PAVE: paste from here to the next such line\n")[1].split("\n# -----")[0]
+    block = text.split("PAVE: paste from here to the next dashed line\n")[1].split("\n# -----")[0]
     namespace = {"torch": torch}
     exec(block, namespace)
     q, batch = script.QNetwork(STATES, ACTIONS), inputs(script)

@@ -124,7 +124,7 @@ def test_the_worked_example_of_the_readme_runs(script, tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert "PAVE" in example
     (tmp_path / "pave.py").write_text("")  # the reader pastes the block into the file itself
-    block = (ROOT / f"{script.__name__}.py").read_text().split("PAVE: paste from here to the next such line\n")[1]
+    block = (ROOT / f"{script.__name__}.py").read_text().split("PAVE: paste from here to the next dashed line\n")[1]
     pasted = example.replace("# <the PAVE block>", block.split("\n# -----")[0])
     assert pasted != example
     namespace = {}
