@@ -583,6 +583,8 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) 
 def make_run_dir(args: Args) -> Path:
     """The folder of the run: the checkpoint's own on --resume, else a new one. UserError if it can't be written."""
     if args.resume:
+        if not os.access(Path(args.resume).parent, os.W_OK):
+            raise UserError(f"cannot write beside --resume {args.resume}, where the run goes on: copy its folder")
         return Path(args.resume).parent
     env_name, milliseconds = re.sub(r"[^A-Za-z0-9_.-]", "-", args.env_id), time.time_ns() // 1_000_000
     run_dir = Path(args.output_dir) / f"{env_name}__{SCRIPT}__{args.seed}__{milliseconds}"

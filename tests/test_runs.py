@@ -224,6 +224,13 @@ def test_an_output_folder_that_cannot_be_written(script, small_args, monkeypatch
         script.train(small_args())
 
 
+def test_a_checkpoint_in_a_folder_that_cannot_be_written(script, small_args, monkeypatch):
+    run_dir = script.train(small_args(total_timesteps=110))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root, as in CI, may write anywhere
+    with pytest.raises(script.UserError, match="cannot write beside --resume"):
+        script.train(small_args(resume=str(run_dir / "checkpoint.pt")))
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(script, small_args, tmp_path):
     run_dir = script.train(small_args(total_timesteps=120))
     path = run_dir / "checkpoint.pt"
