@@ -35,6 +35,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -114,6 +115,8 @@ class Args:
     """let torch use deterministic algorithms only"""
     compile: bool = True
     """torch.compile the losses (some 30 s at the start, less from its cache)"""
+    cudagraphs: bool = True
+    """on CUDA, replay each update as one CUDA graph"""
     output_dir: str = "runs"
     """where the run's folder <env>__<script>__<seed>__<time> is made"""
     eval_interval: int = 10_000
@@ -193,36 +196,46 @@ def make_env(env_id: str) -> gym.Env:
 
 
 class ReplayBuffer:
-    """A ring of transitions on the device, one row each, so that adding is one copy and sampling one gather."""
+    """A ring of transitions, one row each, so that adding is one copy and sampling one gather.
+
+    The rows live on the device, or in the host's memory, with a line that says so, where they don't fit there.
+    """
 
     def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
-        """Raise UserError where `capacity` rows don't fit in the device's memory."""
+        """Raise UserError where `capacity` rows don't fit in the host's memory either."""
+        self.device = device  # of the minibatches
         self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
         needed = capacity * sum(self.widths) * 4
-        if device.type == "cuda":
-            memory = torch.cuda.mem_get_info(device)[0]
-        else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-        if needed > memory:
+        if device.type == "cuda" and needed > 0.9 * torch.cuda.mem_get_info(device)[0]:
+            tqdm.write(
+                f"the replay buffer ({needed / 1e9:.1f} GB) does not fit on {device}: it stays in the host's memory"
+            )
+            device = torch.device("cpu")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+        if device.type == "cpu" and needed > memory:
             raise UserError(
-                f"a replay buffer of {capacity:,} transitions needs {needed / 1e9:.1f} GB, {device} has "
+                f"a replay buffer of {capacity:,} transitions needs {needed / 1e9:.1f} GB, this machine has "
                 f"{memory / 1e9:.1f} GB: lower --buffer-size"
             )
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        self.position, self.size = 0, 0
+        self.position = 0
+        self.size = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # a CUDA graph would not see a Python int change
 
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
         row = np.concatenate([observation, next_observation, action, [reward, terminated]], dtype=np.float32)
         self.rows[self.position] = torch.from_numpy(row)
         self.position = (self.position + 1) % len(self.rows)
-        self.size = min(self.size + 1, len(self.rows))
+        self.size.add_(1).clamp_(max=len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """B rows drawn uniformly: s (B, d_s), s' (B, d_s), a (B, d_a) in [-1, 1], rewards (B,), terminations (B,).
 
         terminations is 1.0 where the episode truly ended; a time limit leaves 0.0, and s' is its true last observation.
         """
-        rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
+        fractions = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
+        rows = self.rows.index_select(0, (fractions * self.size).long()).to(self.device)
         observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
         return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
 
@@ -278,6 +291,7 @@ class PaveLosses(NamedTuple):
     mpr: torch.Tensor  # ()
     vfc: torch.Tensor  # ()
     curvature: torch.Tensor  # ()
+    trace: torch.Tensor  # (B,), v^T (d2Q/da2) v: below 0 where Q is concave along the probe
     q_values: torch.Tensor  # (B,), Q(s, a): the TD loss needs no second forward pass
 
 
@@ -328,8 +342,9 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     """The three PAVE losses of one critic at replayed (s, a, s'); multiply by the lambdas and add to its TD loss:
 
         state_noise, probe = sigma * torch.randn_like(s), rademacher_like(a)  # the same for every critic
-        mpr, vfc, curvature, q_values = pave_losses(q, s, a, next_s, state_noise, probe, delta)
-        loss = mse_loss(q_values, target) + lambda_mpr * mpr + lambda_vfc * vfc + lambda_curv * curvature
+        pave = pave_losses(q, s, a, next_s, state_noise, probe, delta)
+        loss = mse_loss(pave.q_values, target)
+        loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
     q: callable (B, d_s), (B, d_a) -> (B,), rows independent; smooth (SiLU): with ReLU, Curv has no gradient
     observations, next_observations: s and s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
@@ -345,6 +360,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         mpr=(noisy_gradient - gradient).square().mean(),
         vfc=(next_gradient - gradient).square().mean(),
         curvature=torch.relu(trace + delta).mean(),
+        trace=trace,
         q_values=q_values,
     )
 
@@ -384,6 +400,39 @@ def compile_or_eager(function):
     return call
 
 
+def cuda_graphs(function):
+    """`function(flag)` as one CUDA graph for each value of `flag`: hundreds of kernels for the price of one launch.
+
+    The first calls run as they are, to compile and to allocate; then one is recorded, and from there on replayed. What
+    it returns lives in the graph's own memory, which the next replay overwrites.
+    """
+    graphs, outputs, warm_ups, stream = {}, {}, Counter(), torch.cuda.Stream()
+
+    def call(flag):
+        warm_ups[flag] += 1
+        if warm_ups[flag] <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output = function(flag)
+            torch.cuda.current_stream().wait_stream(stream)
+            return output
+        if flag not in graphs:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    outputs[flag] = function(flag)
+            except RuntimeError as error:
+                cause = str(error).strip().partition("\n")[0]
+                raise UserError(
+                    f"an update can't be recorded as a CUDA graph ({cause}): add --no-cudagraphs"
+                ) from error
+            graphs[flag] = graph
+        graphs[flag].replay()
+        return outputs[flag]
+
+    return call
+
+
 class Agent(nn.Module):
     """SAC: networks, optimizers and one method for each loss; `update` is one gradient step of each."""
 
@@ -402,12 +451,13 @@ class Agent(nn.Module):
         else:  # not in checkpoints, so that a resumed run takes a new --alpha
             self.register_buffer("log_alpha", torch.tensor(args.alpha).log(), persistent=False)
         self.to(device)
+        adam = {"fused": True, "capturable": device.type == "cuda"}
         self.optimizers = {
-            "critics": torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True),
-            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True),
+            "critics": torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, **adam),
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **adam),
         }
         if args.autotune:
-            self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True)
+            self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], lr=args.q_lr, **adam)
         if args.compile:
             self.critic_loss, self.actor_loss = compile_or_eager(self.critic_loss), compile_or_eager(self.actor_loss)
         self.polyak = get_ema_multi_avg_fn(1 - args.tau)  # target += tau (online - target), all tensors in one call
@@ -431,7 +481,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n = self.args, self.pave_rows
-        total, terms = 0.0, []
+        total, twins = 0.0, []
         for critic in self.critics:
             if self.use_pave:
                 pave = pave_losses(
@@ -445,27 +495,27 @@ class Agent(nn.Module):
                 q_values = critic(observations, actions)
             td = F.mse_loss(q_values, target_q)
             total += self.td_weight * td
-            terms.append(torch.stack([td, q_values.mean(), *(pave[:3] if self.use_pave else ())]).detach())
-        names = ("losses/qf_loss", "losses/q_values", "losses/mpr", "losses/vfc", "losses/curvature")
-        return total, dict(zip(names, (terms[0] + terms[1]) / 2, strict=False))  # plain: the first two
+            metrics = {"losses/qf_loss": td, "losses/q_values": q_values.mean()}
+            if self.use_pave:
+                metrics |= {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
+                metrics["geometry/curvature"] = pave.trace.mean()
+                metrics["geometry/concave_fraction"] = (pave.trace < 0).float().mean()
+            twins.append(metrics)
+        return total, {name: (twins[0][name] + twins[1][name]).detach() / 2 for name in metrics}
 
-    def actor_loss(self, observations, noise):
+    def actor_loss(self, batch: tuple, noise):
         """Plain SAC: mean of alpha log pi(a|s) - min Q(s, a), a ~ pi(s); and the mean log-probability."""
+        observations = batch[0]
         actions, log_prob = self.actor.sample(observations, noise)
         q_values = torch.minimum(*(critic(observations, actions) for critic in self.critics))
         return (self.log_alpha.exp().detach() * log_prob - q_values).mean(), log_prob.detach().mean()
 
-    def update_critics(self, batch: tuple, step: int) -> dict:
+    def update_critics(self, batch: tuple) -> dict:
         """One step of both critics; returns what to log, as tensors that are still on the device."""
         observations, actions = batch[0][: self.pave_rows], batch[2][: self.pave_rows]
         state_noise = self.args.mpr_sigma * torch.randn_like(observations) if self.use_pave else None
         probe = rademacher_like(actions) if self.use_pave else None
         loss, metrics = self.critic_loss(batch, torch.randn_like(batch[2]), state_noise, probe)
-        if self.use_pave and step % LOG_INTERVAL == 0:
-            with torch.no_grad():
-                trace = hutchinson_trace(self.critics[0], observations, actions, probe)
-            metrics["geometry/curvature"] = trace.mean()
-            metrics["geometry/concave_fraction"] = (trace < 0).float().mean()
         self.descend("critics", loss)
         return metrics
 
@@ -475,13 +525,13 @@ class Agent(nn.Module):
         loss.backward()
         self.optimizers[name].step()
 
-    def update(self, batch: tuple, step: int) -> dict:
+    def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log."""
-        metrics = self.update_critics(batch, step)
-        if step % self.args.policy_frequency == 0:
+        metrics = self.update_critics(batch)
+        if update_actor:
             for _ in range(self.args.policy_frequency):
                 self.critics.requires_grad_(False)  # the actor's loss goes through the critics, not into them
-                loss, log_prob = self.actor_loss(batch[0], torch.randn_like(batch[2]))
+                loss, log_prob = self.actor_loss(batch, torch.randn_like(batch[2]))
                 self.descend("actor", loss)
                 self.critics.requires_grad_(True)
                 metrics["losses/actor_loss"] = loss.detach()
@@ -546,7 +596,7 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     state = {
         "agent": agent.state_dict(),
         "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()},
-        "buffer_rows": buffer.rows[: buffer.size].to("cpu", copy=True),  # a view would save the whole ring
+        "buffer_rows": buffer.rows[: int(buffer.size)].to("cpu", copy=True),  # a view would save the whole ring
         "buffer_position": buffer.position,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if agent.device.type == "cuda" else None,
@@ -584,7 +634,7 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) 
             optimizer.load_state_dict({"state": checkpoint["optimizers"][name], "param_groups": groups})
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"--resume does not fit this env and script: {' '.join(str(error).split())[:200]}") from error
-    buffer.size = len(rows)
+    buffer.size.fill_(len(rows))
     buffer.position = checkpoint["buffer_position"] if len(rows) == args.buffer_size else len(rows)
     torch.set_rng_state(checkpoint["torch_rng"])
     if agent.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
@@ -629,6 +679,12 @@ def train(args: Args) -> Path:
     if args.resume:
         start = restore(load_checkpoint(args.resume), agent, buffer, env)
         observation, _ = env.reset()
+
+    def update(update_actor: bool) -> dict:
+        return agent.update(buffer.sample(args.batch_size), update_actor)
+
+    if args.cudagraphs and buffer.rows.is_cuda:
+        update = cuda_graphs(update)
     run_dir = make_run_dir(args)
     writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
     settings = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
@@ -653,7 +709,7 @@ def train(args: Args) -> Path:
                 action = env.action_space.sample()
             else:
                 action = agent.explore(observation)
-                metrics = agent.update(buffer.sample(args.batch_size), step)  # a GPU works at it during env.step
+                metrics = update(step % args.policy_frequency == 0)  # a GPU works at it during env.step
             next_observation, reward, terminated, truncated, _ = env.step(action)
             reward = float(reward)
             if not all(np.isfinite(value).all() for value in (observation, next_observation, reward)):

@@ -76,7 +76,7 @@ def test_with_all_lambdas_zero_it_is_the_plain_algorithm(script, float64, monkey
     agent, batch = make_agent(script), make_batch()
     reference = copy.deepcopy(agent)
     torch.manual_seed(2)
-    metrics = agent.update(batch, step=script.LOG_INTERVAL)
+    metrics = agent.update(batch, update_actor=True)
     torch.manual_seed(2)
     (plain_sac_update if script.SCRIPT.startswith("sac") else plain_td3_update)(reference, batch)
     for (name, ours), (_, plain) in zip(agent.named_parameters(), reference.named_parameters(), strict=True):
@@ -107,7 +107,7 @@ def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(scrip
     added = sum(script.pave_losses(q, s[:8], a[:8], next_s[:8], noise, probe, 1.0).mpr for q in agent.critics)
     torch.testing.assert_close(loss, plain_loss + added)
     torch.testing.assert_close(metrics["losses/q_values"], plain_metrics["losses/q_values"])
-    assert agent.update(batch, script.LOG_INTERVAL)["geometry/concave_fraction"] <= 1
+    assert agent.update(batch, True)["geometry/concave_fraction"] <= 1
 
 
 def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64):
@@ -116,7 +116,7 @@ def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64):
     for agent in (eager, compiled):
         torch.manual_seed(4)
         for step in range(6):
-            agent.update(make_batch(seed=step), step)
+            agent.update(make_batch(seed=step), step % 2 == 0)
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
 
@@ -133,7 +133,7 @@ def test_without_a_compiler_it_warns_and_runs_eagerly(script, monkeypatch, capsy
     for a in (agent, eager):
         torch.manual_seed(5)
         for step in range(2):
-            a.update(make_batch(), step)
+            a.update(make_batch(), step % 2 == 0)
     assert all(torch.equal(x, y) for x, y in zip(agent.parameters(), eager.parameters(), strict=True))
     warning = capsys.readouterr().err
     assert "torch.compile does not work here" in warning
@@ -170,20 +170,20 @@ def test_fixed_alpha_stays_fixed():
     import sac_pave_continuous as script
 
     agent = make_agent(script, autotune=False, alpha=0.3)
-    metrics = agent.update(make_batch(), 1)
+    metrics = agent.update(make_batch(), True)
     assert math.isclose(metrics["losses/alpha"].item(), 0.3, rel_tol=1e-6)
 
 
-def test_td3_moves_its_actor_and_targets_on_every_second_step():
+def test_td3_moves_its_actor_and_targets_only_when_told():
     import td3_pave_continuous as script
 
     agent = make_agent(script)
     before = copy.deepcopy(agent.state_dict())
-    metrics = agent.update(make_batch(), step=1)
+    metrics = agent.update(make_batch(), update_actor=False)
     moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"critics"}
     assert "losses/actor_loss" not in metrics
-    agent.update(make_batch(), step=2)
+    agent.update(make_batch(), update_actor=True)
     moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"critics", "critic_targets", "actor", "actor_target"}
 
@@ -221,3 +221,10 @@ def test_half_full_buffer_gives_only_what_was_added(script):
 def test_buffer_larger_than_memory_is_refused_with_its_size(script, rows):
     with pytest.raises(script.UserError, match=r"needs 280,?000\.0 GB.*--buffer-size"):
         script.ReplayBuffer(rows, 2, 1, CPU)
+
+
+def test_buffer_larger_than_the_gpu_stays_in_host_memory_and_says_so(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9))
+    buffer = script.ReplayBuffer(1000, 2, 1, torch.device("cuda"))
+    assert buffer.rows.device == CPU
+    assert "does not fit on cuda: it stays in the host's memory" in capsys.readouterr().out
