@@ -749,7 +749,7 @@ def train(args: Args) -> Path:
             if stop_signal:
                 break
         save_checkpoint(run_dir, step, agent, buffer, env)
-        if stop_signal:
+        if step < args.total_timesteps:
             tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
             raise SystemExit(128 + stop_signal)
         summary = {"algorithm": SCRIPT} | {name: getattr(args, name) for name in ("env_id", *LAMBDAS, "seed")}

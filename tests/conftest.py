@@ -1,5 +1,8 @@
 import importlib
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: a second thread only waits, on a busy machine for ages
 
 import pytest
 import torch

@@ -32,6 +32,9 @@ def assert_same_weights(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+EVALUATION = {"return_mean": 0.0, "smoothness_mean": 0.0, "oscillation": 0.0}
+
+
 def command_line(script, *flags):
     """Run the script as __main__ in this process; returns its exit code."""
     argv = sys.argv
@@ -155,6 +158,12 @@ def test_interrupted_it_saves_and_resumes_with_its_own_settings(script, small_ar
     resumed = torch.load(path, weights_only=True)
     assert resumed["step"] == step + 10
     assert resumed["args"]["gamma"] == 0.9
+
+
+def test_a_signal_in_the_last_step_finds_the_run_finished(script, small_args, monkeypatch):
+    monkeypatch.setattr(script, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM) or EVALUATION)
+    run_dir = script.train(small_args(total_timesteps=30))
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 30
 
 
 def test_a_resumed_run_takes_a_new_learning_rate_and_a_larger_buffer(script, small_args):
