@@ -45,7 +45,6 @@ import torch
 import tyro
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -385,7 +384,7 @@ def smoothness(actions, fs=1.0):
 
 def compile_or_eager(function):
     """torch.compile(function), or `function` and a warning where a call of it fails (no C++ compiler, say)."""
-    fast = torch.compile(function)
+    fast = torch.compile(function, fullgraph=True)
 
     def call(*inputs):
         nonlocal fast
@@ -433,8 +432,26 @@ def cuda_graphs(function):
     return call
 
 
+class Adam(nn.Module):
+    """Adam (Kingma & Ba 2015) with the defaults of torch.optim, which can't be compiled into one piece with a loss."""
+
+    def __init__(self, parameters, lr: float):
+        super().__init__()
+        self.lr = lr
+        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, parameters)) for _ in range(2))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def step(self, parameters, gradients) -> None:
+        self.count.add_(1)
+        mean_scale, square_scale = 1 - 0.9**self.count, 1 - 0.999**self.count
+        for parameter, gradient, mean, square in zip(parameters, gradients, self.means, self.squares, strict=True):
+            mean.lerp_(gradient, 1 - 0.9)
+            square.lerp_(gradient.square(), 1 - 0.999)
+            parameter.sub_(self.lr * (mean / mean_scale) / ((square / square_scale).sqrt() + 1e-8))
+
+
 class Agent(nn.Module):
-    """SAC: networks, optimizers and one method for each loss; `update` is one gradient step of each."""
+    """SAC: networks, optimizers, a method for each loss; `update` is a step down each, compiled in two pieces."""
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
@@ -445,24 +462,27 @@ class Agent(nn.Module):
         self.action_dim, self.target_entropy = action_dim, -action_dim
         self.actor = Actor(observation_dim, action_dim)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
-        self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.critic_targets = copy.deepcopy(self.critics)
         if args.autotune:
-            self.log_alpha = nn.Parameter(torch.zeros(()))
+            self.log_alpha = nn.Parameter(
+                torch.zeros(1)
+            )  # not (): torch 2.13 loses a compiled change of that in float64
         else:  # not in checkpoints, so that a resumed run takes a new --alpha
-            self.register_buffer("log_alpha", torch.tensor(args.alpha).log(), persistent=False)
-        self.to(device)
-        adam = {"fused": True, "capturable": device.type == "cuda"}
-        self.optimizers = {
-            "critics": torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, **adam),
-            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **adam),
-        }
+            self.register_buffer("log_alpha", torch.tensor([args.alpha]).log(), persistent=False)
+        self.optimizers = nn.ModuleDict(
+            {
+                "critics": Adam(list(self.critics.parameters()), args.q_lr),
+                "actor": Adam(list(self.actor.parameters()), args.policy_lr),
+            }
+        )
         if args.autotune:
-            self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], lr=args.q_lr, **adam)
+            self.optimizers["log_alpha"] = Adam([self.log_alpha], args.q_lr)
+        self.requires_grad_(False)  # torch.func.grad is told what to differentiate in
+        self.to(device)
         if args.compile:
-            self.critic_loss, self.actor_loss = compile_or_eager(self.critic_loss), compile_or_eager(self.actor_loss)
-        self.polyak = get_ema_multi_avg_fn(1 - args.tau)  # target += tau (online - target), all tensors in one call
+            self.update_critics = compile_or_eager(self.update_critics)
+            self.update_actor = compile_or_eager(self.update_actor)
 
-    @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """An action (d_a,) in [-1, 1] drawn from the policy."""
         observations = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
@@ -476,10 +496,9 @@ class Agent(nn.Module):
         return rewards + (1 - terminations) * self.args.gamma * (next_q - self.log_alpha.exp() * next_log_prob)
 
     def critic_loss(self, batch: tuple, target_noise, state_noise, probe):
-        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and each term's twin mean."""
+        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
-        with torch.no_grad():
-            target_q = self.td_target(next_observations, rewards, terminations, target_noise)
+        target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n = self.args, self.pave_rows
         total, twins = 0.0, []
         for critic in self.critics:
@@ -501,44 +520,72 @@ class Agent(nn.Module):
                 metrics["geometry/curvature"] = pave.trace.mean()
                 metrics["geometry/concave_fraction"] = (pave.trace < 0).float().mean()
             twins.append(metrics)
-        return total, {name: (twins[0][name] + twins[1][name]).detach() / 2 for name in metrics}
+        return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in metrics}
 
     def actor_loss(self, batch: tuple, noise):
         """Plain SAC: mean of alpha log pi(a|s) - min Q(s, a), a ~ pi(s); and the mean log-probability."""
         observations = batch[0]
         actions, log_prob = self.actor.sample(observations, noise)
         q_values = torch.minimum(*(critic(observations, actions) for critic in self.critics))
-        return (self.log_alpha.exp().detach() * log_prob - q_values).mean(), log_prob.detach().mean()
+        return (self.log_alpha.exp() * log_prob - q_values).mean(), log_prob.mean()
 
-    def update_critics(self, batch: tuple) -> dict:
-        """One step of both critics; returns what to log, as tensors that are still on the device."""
+    def alpha_loss(self, log_prob):
+        """Makes alpha grow where the policy's entropy, -log_prob, is below its target; and nothing else."""
+        return -(self.log_alpha * (log_prob + self.target_entropy)).sum(), ()
+
+    def forward(self, loss, *inputs):
+        """loss(*inputs): what functional_call calls, so that a loss can be differentiated in the agent's parameters."""
+        return loss(*inputs)
+
+    def gradients(self, part: str, loss, *inputs) -> tuple:
+        """Of loss(*inputs) -> (scalar, more): its gradients in a part's parameters, by name; the scalar; and more."""
+
+        def of(parameters):
+            value, more = torch.func.functional_call(self, parameters, (loss, *inputs))
+            return value, (value, more)
+
+        parameters = {name: p for name, p in self.named_parameters() if name.split(".")[0] == part}
+        gradients, (value, more) = torch.func.grad(of, has_aux=True)(parameters)
+        return gradients, value, more
+
+    def descend(self, part: str, loss, *inputs) -> tuple:
+        """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns both."""
+        gradients, value, more = self.gradients(part, loss, *inputs)
+        self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
+        return value, more
+
+    def follow(self, targets: nn.Module, networks: nn.Module) -> None:
+        """Polyak averaging: the targets go a step of tau towards the networks."""
+        for target, parameter in zip(targets.parameters(), networks.parameters(), strict=True):
+            target.lerp_(parameter, self.args.tau)
+
+    def critic_noise(self, batch: tuple) -> tuple:
+        """The target policy's noise, MPR's, the probe: drawn outside of what is compiled, as eager would draw them."""
         observations, actions = batch[0][: self.pave_rows], batch[2][: self.pave_rows]
-        state_noise = self.args.mpr_sigma * torch.randn_like(observations) if self.use_pave else None
-        probe = rademacher_like(actions) if self.use_pave else None
-        loss, metrics = self.critic_loss(batch, torch.randn_like(batch[2]), state_noise, probe)
-        self.descend("critics", loss)
+        target_noise = torch.randn_like(batch[2])
+        if not self.use_pave:
+            return target_noise, None, None
+        return target_noise, self.args.mpr_sigma * torch.randn_like(observations), rademacher_like(actions)
+
+    def update_critics(self, batch: tuple, target_noise, state_noise, probe) -> dict:
+        """One step of both critics, then of their targets; returns what to log."""
+        metrics = self.descend("critics", self.critic_loss, batch, target_noise, state_noise, probe)[1]
+        self.follow(self.critic_targets, self.critics)
         return metrics
 
-    def descend(self, name: str, loss: torch.Tensor) -> None:
-        """One Adam step of the optimizer `name` down the gradient of `loss`."""
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        self.optimizers[name].step()
+    def update_actor(self, batch: tuple, noise) -> dict:
+        """One step of the actor, then of alpha; returns what to log."""
+        loss, log_prob = self.descend("actor", self.actor_loss, batch, noise)
+        if self.args.autotune:
+            self.descend("log_alpha", self.alpha_loss, log_prob)
+        return {"losses/actor_loss": loss, "losses/alpha": self.log_alpha.exp().squeeze()}
 
     def update(self, batch: tuple, update_actor: bool) -> dict:
-        """One update from a minibatch (see ReplayBuffer.sample); returns what to log."""
-        metrics = self.update_critics(batch)
+        """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
+        metrics = self.update_critics(batch, *self.critic_noise(batch))
         if update_actor:
             for _ in range(self.args.policy_frequency):
-                self.critics.requires_grad_(False)  # the actor's loss goes through the critics, not into them
-                loss, log_prob = self.actor_loss(batch, torch.randn_like(batch[2]))
-                self.descend("actor", loss)
-                self.critics.requires_grad_(True)
-                metrics["losses/actor_loss"] = loss.detach()
-                if self.args.autotune:
-                    self.descend("alpha", -self.log_alpha * (log_prob + self.target_entropy))
-        metrics["losses/alpha"] = self.log_alpha.detach().exp()
-        self.polyak(list(self.critic_targets.parameters()), list(self.critics.parameters()), None)
+                metrics |= self.update_actor(batch, torch.randn_like(batch[2]))
         return metrics
 
 
@@ -595,7 +642,6 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     save(run_dir / "actor.pt", common | {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high})
     state = {
         "agent": agent.state_dict(),
-        "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()},
         "buffer_rows": buffer.rows[: int(buffer.size)].to("cpu", copy=True),  # a view would save the whole ring
         "buffer_position": buffer.position,
         "torch_rng": torch.get_rng_state(),
@@ -629,9 +675,6 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) 
     try:
         agent.load_state_dict(checkpoint["agent"])
         buffer.rows[: len(rows)] = rows
-        for name, optimizer in agent.optimizers.items():  # without the saved learning rates: a new --q-lr must hold
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": checkpoint["optimizers"][name], "param_groups": groups})
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"--resume does not fit this env and script: {' '.join(str(error).split())[:200]}") from error
     buffer.size.fill_(len(rows))

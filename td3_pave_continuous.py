@@ -45,7 +45,6 @@ import torch
 import tyro
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -380,7 +379,7 @@ def smoothness(actions, fs=1.0):
 
 def compile_or_eager(function):
     """torch.compile(function), or `function` and a warning where a call of it fails (no C++ compiler, say)."""
-    fast = torch.compile(function)
+    fast = torch.compile(function, fullgraph=True)
 
     def call(*inputs):
         nonlocal fast
@@ -428,8 +427,26 @@ def cuda_graphs(function):
     return call
 
 
+class Adam(nn.Module):
+    """Adam (Kingma & Ba 2015) with the defaults of torch.optim, which can't be compiled into one piece with a loss."""
+
+    def __init__(self, parameters, lr: float):
+        super().__init__()
+        self.lr = lr
+        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, parameters)) for _ in range(2))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def step(self, parameters, gradients) -> None:
+        self.count.add_(1)
+        mean_scale, square_scale = 1 - 0.9**self.count, 1 - 0.999**self.count
+        for parameter, gradient, mean, square in zip(parameters, gradients, self.means, self.squares, strict=True):
+            mean.lerp_(gradient, 1 - 0.9)
+            square.lerp_(gradient.square(), 1 - 0.999)
+            parameter.sub_(self.lr * (mean / mean_scale) / ((square / square_scale).sqrt() + 1e-8))
+
+
 class Agent(nn.Module):
-    """TD3: networks, optimizers and one method for each loss; `update` is one gradient step of each."""
+    """TD3: networks, optimizers, a method for each loss; `update` is a step down each, compiled in two pieces."""
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
@@ -438,20 +455,21 @@ class Agent(nn.Module):
         self.pave_rows = args.pave_batch_size or args.batch_size
         self.td_weight = 1.0  # TD3 sums the critics' squared errors; the tuned lambdas are relative to that
         self.actor = Actor(observation_dim, action_dim)
-        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.actor_target = copy.deepcopy(self.actor)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
-        self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.critic_targets = copy.deepcopy(self.critics)
+        self.optimizers = nn.ModuleDict(
+            {
+                "critics": Adam(list(self.critics.parameters()), args.q_lr),
+                "actor": Adam(list(self.actor.parameters()), args.policy_lr),
+            }
+        )
+        self.requires_grad_(False)  # torch.func.grad is told what to differentiate in
         self.to(device)
-        adam = {"fused": True, "capturable": device.type == "cuda"}
-        self.optimizers = {
-            "critics": torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, **adam),
-            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **adam),
-        }
         if args.compile:
-            self.critic_loss, self.actor_loss = compile_or_eager(self.critic_loss), compile_or_eager(self.actor_loss)
-        self.polyak = get_ema_multi_avg_fn(1 - args.tau)  # target += tau (online - target), all tensors in one call
+            self.update_critics = compile_or_eager(self.update_critics)
+            self.update_actor = compile_or_eager(self.update_actor)
 
-    @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """The policy's action (d_a,) with exploration noise, in [-1, 1]."""
         observations = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
@@ -467,10 +485,9 @@ class Agent(nn.Module):
         return rewards + (1 - terminations) * self.args.gamma * next_q
 
     def critic_loss(self, batch: tuple, target_noise, state_noise, probe):
-        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and each term's twin mean."""
+        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
-        with torch.no_grad():
-            target_q = self.td_target(next_observations, rewards, terminations, target_noise)
+        target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n = self.args, self.pave_rows
         total, twins = 0.0, []
         for critic in self.critics:
@@ -492,39 +509,63 @@ class Agent(nn.Module):
                 metrics["geometry/curvature"] = pave.trace.mean()
                 metrics["geometry/concave_fraction"] = (pave.trace < 0).float().mean()
             twins.append(metrics)
-        return total, {name: (twins[0][name] + twins[1][name]).detach() / 2 for name in metrics}
+        return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in metrics}
 
     def actor_loss(self, batch: tuple):
-        """Plain TD3: mean of -Q1(s, pi(s))."""
+        """Plain TD3: mean of -Q1(s, pi(s)); and nothing else."""
         observations = batch[0]
-        return -self.critics[0](observations, self.actor(observations)).mean()
+        return -self.critics[0](observations, self.actor(observations)).mean(), ()
 
-    def update_critics(self, batch: tuple) -> dict:
-        """One step of both critics; returns what to log, as tensors that are still on the device."""
+    def forward(self, loss, *inputs):
+        """loss(*inputs): what functional_call calls, so that a loss can be differentiated in the agent's parameters."""
+        return loss(*inputs)
+
+    def gradients(self, part: str, loss, *inputs) -> tuple:
+        """Of loss(*inputs) -> (scalar, more): its gradients in a part's parameters, by name; the scalar; and more."""
+
+        def of(parameters):
+            value, more = torch.func.functional_call(self, parameters, (loss, *inputs))
+            return value, (value, more)
+
+        parameters = {name: p for name, p in self.named_parameters() if name.split(".")[0] == part}
+        gradients, (value, more) = torch.func.grad(of, has_aux=True)(parameters)
+        return gradients, value, more
+
+    def descend(self, part: str, loss, *inputs) -> tuple:
+        """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns both."""
+        gradients, value, more = self.gradients(part, loss, *inputs)
+        self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
+        return value, more
+
+    def follow(self, targets: nn.Module, networks: nn.Module) -> None:
+        """Polyak averaging: the targets go a step of tau towards the networks."""
+        for target, parameter in zip(targets.parameters(), networks.parameters(), strict=True):
+            target.lerp_(parameter, self.args.tau)
+
+    def critic_noise(self, batch: tuple) -> tuple:
+        """The target policy's noise, MPR's, the probe: drawn outside of what is compiled, as eager would draw them."""
         observations, actions = batch[0][: self.pave_rows], batch[2][: self.pave_rows]
-        state_noise = self.args.mpr_sigma * torch.randn_like(observations) if self.use_pave else None
-        probe = rademacher_like(actions) if self.use_pave else None
-        loss, metrics = self.critic_loss(batch, torch.randn_like(batch[2]), state_noise, probe)
-        self.descend("critics", loss)
-        return metrics
+        target_noise = torch.randn_like(batch[2])
+        if not self.use_pave:
+            return target_noise, None, None
+        return target_noise, self.args.mpr_sigma * torch.randn_like(observations), rademacher_like(actions)
 
-    def descend(self, name: str, loss: torch.Tensor) -> None:
-        """One Adam step of the optimizer `name` down the gradient of `loss`."""
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        self.optimizers[name].step()
+    def update_critics(self, batch: tuple, target_noise, state_noise, probe) -> dict:
+        """One step of both critics; returns what to log."""
+        return self.descend("critics", self.critic_loss, batch, target_noise, state_noise, probe)[1]
+
+    def update_actor(self, batch: tuple) -> dict:
+        """One step of the actor, then of all targets; returns what to log."""
+        loss, _ = self.descend("actor", self.actor_loss, batch)
+        self.follow(self.critic_targets, self.critics)
+        self.follow(self.actor_target, self.actor)
+        return {"losses/actor_loss": loss}
 
     def update(self, batch: tuple, update_actor: bool) -> dict:
-        """One update from a minibatch (see ReplayBuffer.sample); returns what to log."""
-        metrics = self.update_critics(batch)
+        """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
+        metrics = self.update_critics(batch, *self.critic_noise(batch))
         if update_actor:
-            self.critics.requires_grad_(False)  # the actor's loss goes through the critics, not into them
-            loss = self.actor_loss(batch)
-            self.descend("actor", loss)
-            self.critics.requires_grad_(True)
-            metrics["losses/actor_loss"] = loss.detach()
-            self.polyak(list(self.critic_targets.parameters()), list(self.critics.parameters()), None)
-            self.polyak(list(self.actor_target.parameters()), list(self.actor.parameters()), None)
+            metrics |= self.update_actor(batch)
         return metrics
 
 
@@ -581,7 +622,6 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     save(run_dir / "actor.pt", common | {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high})
     state = {
         "agent": agent.state_dict(),
-        "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()},
         "buffer_rows": buffer.rows[: int(buffer.size)].to("cpu", copy=True),  # a view would save the whole ring
         "buffer_position": buffer.position,
         "torch_rng": torch.get_rng_state(),
@@ -615,9 +655,6 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) 
     try:
         agent.load_state_dict(checkpoint["agent"])
         buffer.rows[: len(rows)] = rows
-        for name, optimizer in agent.optimizers.items():  # without the saved learning rates: a new --q-lr must hold
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": checkpoint["optimizers"][name], "param_groups": groups})
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"--resume does not fit this env and script: {' '.join(str(error).split())[:200]}") from error
     buffer.size.fill_(len(rows))

@@ -76,12 +76,12 @@ def train(script: ModuleType, args, caps: dict[str, float]) -> Path:
 
     class CapsAgent(script.Agent):
         def actor_loss(self, batch: tuple, *noise):
-            """The script's actor loss (in SAC with the mean log-probability) plus the CAPS terms."""
-            loss = super().actor_loss(batch, *noise)
-            if not (temporal or spatial):
-                return loss  # no noise drawn: the plain algorithm, bit for bit
-            extra = caps_loss(self.actor, *batch[:2], sigma * torch.randn_like(batch[0]), temporal, spatial)
-            return (loss[0] + extra, *loss[1:]) if isinstance(loss, tuple) else loss + extra
+            """The script's actor loss plus the CAPS terms; and what the script returns besides."""
+            loss, more = super().actor_loss(batch, *noise)
+            if temporal or spatial:  # else no noise is drawn: the plain algorithm, bit for bit
+                near = sigma * torch.randn_like(batch[0])
+                loss = loss + caps_loss(self.actor, *batch[:2], near, temporal, spatial)
+            return loss, more
 
     def make_run_dir(args) -> Path:
         run_dir = make_plain_run_dir(args)

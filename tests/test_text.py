@@ -15,7 +15,7 @@ DIFFERENT = {
     "Args.policy_lr", "Args.q_lr", "Args.policy_frequency", "Args.autotune", "Args.alpha", "Args.exploration_noise",
     "Args.policy_noise", "Args.noise_clip", "TUNED_LAMBDAS", "validate", "Actor.__doc__", "Actor.__init__",
     "Actor.forward", "Actor.sample", "Agent.__doc__", "Agent.__init__", "Agent.explore", "Agent.td_target",
-    "Agent.actor_loss", "Agent.update",
+    "Agent.actor_loss", "Agent.alpha_loss", "Agent.update_critics", "Agent.update_actor", "Agent.update",
 }  # fmt: skip
 
 
