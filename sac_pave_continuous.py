@@ -464,9 +464,8 @@ class Agent(nn.Module):
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
         self.critic_targets = copy.deepcopy(self.critics)
         if args.autotune:
-            self.log_alpha = nn.Parameter(
-                torch.zeros(1)
-            )  # not (): torch 2.13 loses a compiled change of that in float64
+            # of shape (1,), not (): torch 2.13 loses a compiled change of the latter in float64
+            self.log_alpha = nn.Parameter(torch.zeros(1))
         else:  # not in checkpoints, so that a resumed run takes a new --alpha
             self.register_buffer("log_alpha", torch.tensor([args.alpha]).log(), persistent=False)
         self.optimizers = nn.ModuleDict(
@@ -538,21 +537,19 @@ class Agent(nn.Module):
         return loss(*inputs)
 
     def gradients(self, part: str, loss, *inputs) -> tuple:
-        """Of loss(*inputs) -> (scalar, more): its gradients in a part's parameters, by name; the scalar; and more."""
+        """Of loss(*inputs) -> (scalar, more) in the parameters of a part: {name: gradient}, (scalar, more)."""
+        parameters = {name: parameter for name, parameter in self.named_parameters() if name.split(".")[0] == part}
 
         def of(parameters):
-            value, more = torch.func.functional_call(self, parameters, (loss, *inputs))
-            return value, (value, more)
+            return torch.func.functional_call(self, parameters, (loss, *inputs))
 
-        parameters = {name: p for name, p in self.named_parameters() if name.split(".")[0] == part}
-        gradients, (value, more) = torch.func.grad(of, has_aux=True)(parameters)
-        return gradients, value, more
+        return torch.func.grad_and_value(of, has_aux=True)(parameters)
 
     def descend(self, part: str, loss, *inputs) -> tuple:
         """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns both."""
-        gradients, value, more = self.gradients(part, loss, *inputs)
+        gradients, outputs = self.gradients(part, loss, *inputs)
         self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
-        return value, more
+        return outputs
 
     def follow(self, targets: nn.Module, networks: nn.Module) -> None:
         """Polyak averaging: the targets go a step of tau towards the networks."""

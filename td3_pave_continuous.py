@@ -521,21 +521,19 @@ class Agent(nn.Module):
         return loss(*inputs)
 
     def gradients(self, part: str, loss, *inputs) -> tuple:
-        """Of loss(*inputs) -> (scalar, more): its gradients in a part's parameters, by name; the scalar; and more."""
+        """Of loss(*inputs) -> (scalar, more) in the parameters of a part: {name: gradient}, (scalar, more)."""
+        parameters = {name: parameter for name, parameter in self.named_parameters() if name.split(".")[0] == part}
 
         def of(parameters):
-            value, more = torch.func.functional_call(self, parameters, (loss, *inputs))
-            return value, (value, more)
+            return torch.func.functional_call(self, parameters, (loss, *inputs))
 
-        parameters = {name: p for name, p in self.named_parameters() if name.split(".")[0] == part}
-        gradients, (value, more) = torch.func.grad(of, has_aux=True)(parameters)
-        return gradients, value, more
+        return torch.func.grad_and_value(of, has_aux=True)(parameters)
 
     def descend(self, part: str, loss, *inputs) -> tuple:
         """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns both."""
-        gradients, value, more = self.gradients(part, loss, *inputs)
+        gradients, outputs = self.gradients(part, loss, *inputs)
         self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
-        return value, more
+        return outputs
 
     def follow(self, targets: nn.Module, networks: nn.Module) -> None:
         """Polyak averaging: the targets go a step of tau towards the networks."""

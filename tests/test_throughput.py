@@ -38,7 +38,7 @@ def test_the_naive_reference_computes_what_the_script_does(script, float64):
         agent.critics.requires_grad_(module is not script)  # the naive one goes through torch.autograd
         inputs = batch, torch.randn(8, 6), state_noise, probe
         if module is script:
-            gradients, loss, metrics = agent.gradients("critics", agent.critic_loss, *inputs)
+            gradients, (loss, metrics) = agent.gradients("critics", agent.critic_loss, *inputs)
             gradients = gradients.values()
         else:
             loss, metrics = agent.critic_loss(*inputs)
