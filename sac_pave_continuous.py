@@ -113,7 +113,7 @@ class Args:
     torch_deterministic: bool = True
     """let torch use deterministic algorithms only"""
     compile: bool = True
-    """torch.compile the losses (some 30 s at the start, less from its cache)"""
+    """torch.compile the updates (some 40 s at the start, 5 s from its cache)"""
     cudagraphs: bool = True
     """on CUDA, replay each update as one CUDA graph"""
     output_dir: str = "runs"
