@@ -49,7 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the device
+LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the update
 
 # The paper's tuned (lambda_mpr, lambda_vfc, lambda_curv) for TD3; any other env starts where the paper's search does.
 TUNED_LAMBDAS = {
@@ -72,7 +72,7 @@ class Args:
     seed: int = 1
     """seed of the networks, the noise, the replay and the env"""
     total_timesteps: int = 1_000_000
-    """env steps, each followed by one update"""
+    """env steps; after --learning-starts, an update each"""
     learning_starts: int = 10_000
     """steps of uniformly random actions before the first update"""
     buffer_size: int = 1_000_000
@@ -285,7 +285,7 @@ class PaveLosses(NamedTuple):
     mpr: torch.Tensor  # ()
     vfc: torch.Tensor  # ()
     curvature: torch.Tensor  # ()
-    trace: torch.Tensor  # (B,), v^T (d2Q/da2) v: below 0 where Q is concave along the probe
+    trace: torch.Tensor  # (B,), v^T (d2Q/da2) v, one probe's estimate: below 0 where Q is concave along it
     q_values: torch.Tensor  # (B,), Q(s, a): the TD loss needs no second forward pass
 
 
@@ -307,8 +307,13 @@ def action_gradient(q, observations, actions):
     return torch.func.grad(total, has_aux=True)(actions)
 
 
-def curvature_along(q, observations, actions, probe):
-    """v^T (d2Q/da2) v per sample (B,), with grad_a Q (B, d_a) and Q (B,) from the same pass."""
+def hutchinson_trace(q, observations, actions, probe):
+    """Hutchinson's estimate of tr(d2Q/da2): v^T (d2Q/da2) v (B,), one probe v (B, d_a) a sample; no Hessian is formed.
+
+    Its mean over Rademacher probes is the trace (Hutchinson 1989); exact if the Hessian is diagonal. Also returns, from
+    the same pass, grad_a Q (B, d_a) and Q (B,). All are differentiable in the parameters of `q`, eager or compiled:
+    torch.func.grad, unlike torch.autograd.grad, traces to plain operations.
+    """
 
     def along_probe(a):
         gradient, q_values = action_gradient(q, observations, a)
@@ -316,15 +321,6 @@ def curvature_along(q, observations, actions, probe):
 
     hessian_times_probe, (gradient, q_values) = torch.func.grad(along_probe, has_aux=True)(actions)
     return (hessian_times_probe * probe).sum(-1), gradient, q_values
-
-
-def hutchinson_trace(q, observations, actions, probe):
-    """Hutchinson's estimate of tr(d2Q/da2): v^T (d2Q/da2) v (B,), one probe v (B, d_a) a sample; no Hessian is formed.
-
-    Differentiable in the parameters of `q`, eager or compiled: torch.func.grad, unlike torch.autograd.grad, traces to
-    plain operations. Its mean over Rademacher probes is the trace (Hutchinson 1989); exact if the Hessian is diagonal.
-    """
-    return curvature_along(q, observations, actions, probe)[0]
 
 
 def rademacher_like(actions):
@@ -337,7 +333,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
 
         state_noise, probe = sigma * torch.randn_like(s), rademacher_like(a)  # the same for every critic
         pave = pave_losses(q, s, a, next_s, state_noise, probe, delta)
-        loss = mse_loss(pave.q_values, target)
+        loss = td_weight * F.mse_loss(pave.q_values, target)  # 1 in TD3, 1/2 in SAC
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
     q: callable (B, d_s), (B, d_a) -> (B,), rows independent; smooth (SiLU): with ReLU, Curv has no gradient
@@ -347,7 +343,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     Means are over the batch and the action dimensions. Gradients flow to the parameters of `q` through every term.
     Keep float32: MPR subtracts nearly equal gradients, and TF32 or bf16 would lose the difference.
     """
-    trace, gradient, q_values = curvature_along(q, observations, actions, probe)
+    trace, gradient, q_values = hutchinson_trace(q, observations, actions, probe)
     states = torch.cat([observations + state_noise, next_observations])
     noisy_gradient, next_gradient = action_gradient(q, states, torch.cat([actions, actions]))[0].chunk(2)
     return PaveLosses(
@@ -428,7 +424,7 @@ def cuda_graphs(function):
 
 
 class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015) with the defaults of torch.optim, which can't be compiled into one piece with a loss."""
+    """Adam (Kingma & Ba 2015), defaults as in torch.optim, whose step does not compile into one piece with a loss."""
 
     def __init__(self, parameters, lr: float):
         super().__init__()
@@ -458,12 +454,9 @@ class Agent(nn.Module):
         self.actor_target = copy.deepcopy(self.actor)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
         self.critic_targets = copy.deepcopy(self.critics)
-        self.optimizers = nn.ModuleDict(
-            {
-                "critics": Adam(list(self.critics.parameters()), args.q_lr),
-                "actor": Adam(list(self.actor.parameters()), args.policy_lr),
-            }
-        )
+        rates = {"critics": args.q_lr, "actor": args.policy_lr}
+        optimizers = {part: Adam(list(self.parameters_of(part).values()), rate) for part, rate in rates.items()}
+        self.optimizers = nn.ModuleDict(optimizers)
         self.requires_grad_(False)  # torch.func.grad is told what to differentiate in
         self.to(device)
         if args.compile:
@@ -509,33 +502,36 @@ class Agent(nn.Module):
                 metrics["geometry/curvature"] = pave.trace.mean()
                 metrics["geometry/concave_fraction"] = (pave.trace < 0).float().mean()
             twins.append(metrics)
-        return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in metrics}
+        return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in twins[0]}
 
     def actor_loss(self, batch: tuple):
         """Plain TD3: mean of -Q1(s, pi(s)); and nothing else."""
         observations = batch[0]
         return -self.critics[0](observations, self.actor(observations)).mean(), ()
 
-    def forward(self, loss, *inputs):
-        """loss(*inputs): what functional_call calls, so that a loss can be differentiated in the agent's parameters."""
-        return loss(*inputs)
+    def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
+        """The parameters of "critics", "actor" or "log_alpha", each of which has its own optimizer."""
+        return {name: parameter for name, parameter in self.named_parameters() if name.split(".")[0] == part}
 
     def gradients(self, part: str, loss, *inputs) -> tuple:
         """Of loss(*inputs) -> (scalar, more) in the parameters of a part: {name: gradient}, (scalar, more)."""
-        parameters = {name: parameter for name, parameter in self.named_parameters() if name.split(".")[0] == part}
 
-        def of(parameters):
+        def loss_at(parameters):
             return torch.func.functional_call(self, parameters, (loss, *inputs))
 
-        return torch.func.grad_and_value(of, has_aux=True)(parameters)
+        return torch.func.grad_and_value(loss_at, has_aux=True)(self.parameters_of(part))
+
+    def forward(self, loss, *inputs):
+        """What functional_call calls: the loss, while the parameters are those it was given."""
+        return loss(*inputs)
 
     def descend(self, part: str, loss, *inputs) -> tuple:
-        """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns both."""
+        """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns (scalar, more)."""
         gradients, outputs = self.gradients(part, loss, *inputs)
-        self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
+        self.optimizers[part].step(self.parameters_of(part).values(), gradients.values())
         return outputs
 
-    def follow(self, targets: nn.Module, networks: nn.Module) -> None:
+    def polyak(self, targets: nn.Module, networks: nn.Module) -> None:
         """Polyak averaging: the targets go a step of tau towards the networks."""
         for target, parameter in zip(targets.parameters(), networks.parameters(), strict=True):
             target.lerp_(parameter, self.args.tau)
@@ -555,8 +551,8 @@ class Agent(nn.Module):
     def update_actor(self, batch: tuple) -> dict:
         """One step of the actor, then of all targets; returns what to log."""
         loss, _ = self.descend("actor", self.actor_loss, batch)
-        self.follow(self.critic_targets, self.critics)
-        self.follow(self.actor_target, self.actor)
+        self.polyak(self.critic_targets, self.critics)
+        self.polyak(self.actor_target, self.actor)
         return {"losses/actor_loss": loss}
 
     def update(self, batch: tuple, update_actor: bool) -> dict:
@@ -656,7 +652,8 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) 
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"--resume does not fit this env and script: {' '.join(str(error).split())[:200]}") from error
     buffer.size.fill_(len(rows))
-    buffer.position = checkpoint["buffer_position"] if len(rows) == args.buffer_size else len(rows)
+    full = len(rows) == args.buffer_size
+    buffer.position = checkpoint["buffer_position"] % len(rows) if full else len(rows)
     torch.set_rng_state(checkpoint["torch_rng"])
     if agent.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -701,11 +698,11 @@ def train(args: Args) -> Path:
         start = restore(load_checkpoint(args.resume), agent, buffer, env)
         observation, _ = env.reset()
 
-    def update(update_actor: bool) -> dict:
+    def sample_and_update(update_actor: bool) -> dict:
         return agent.update(buffer.sample(args.batch_size), update_actor)
 
     if args.cudagraphs and buffer.rows.is_cuda:
-        update = cuda_graphs(update)
+        sample_and_update = cuda_graphs(sample_and_update)
     run_dir = make_run_dir(args)
     writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
     settings = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
@@ -730,7 +727,9 @@ def train(args: Args) -> Path:
                 action = env.action_space.sample()
             else:
                 action = agent.explore(observation)
-                metrics = update(step % args.policy_frequency == 0)  # a GPU works at it during env.step
+                if not np.isfinite(action).all():
+                    raise UserError(f"training diverged at step {step:,}, lower --q-lr or the lambdas: a NaN action")
+                metrics = sample_and_update(step % args.policy_frequency == 0)  # a GPU works at it during env.step
             next_observation, reward, terminated, truncated, _ = env.step(action)
             reward = float(reward)
             if not all(np.isfinite(value).all() for value in (observation, next_observation, reward)):

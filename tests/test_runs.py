@@ -160,6 +160,12 @@ def test_interrupted_it_saves_and_resumes_with_its_own_settings(script, small_ar
     assert resumed["args"]["gamma"] == 0.9
 
 
+def test_a_buffer_resumed_at_its_very_size_goes_on_at_its_start(script, small_args):
+    run_dir = script.train(small_args(buffer_size=150, total_timesteps=100, learning_starts=150))
+    script.train(small_args(buffer_size=100, total_timesteps=103, resume=str(run_dir / "checkpoint.pt")))
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer_position"] == 3
+
+
 def test_a_signal_in_the_last_step_finds_the_run_finished(script, small_args, monkeypatch):
     monkeypatch.setattr(script, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM) or EVALUATION)
     run_dir = script.train(small_args(total_timesteps=30))
