@@ -115,7 +115,7 @@ class Args:
     torch_deterministic: bool = True
     """let torch use deterministic algorithms only"""
     compile: bool = True
-    """torch.compile the updates (some 40 s at the start, 5 s from its cache)"""
+    """torch.compile the updates: some 40 s at the start, 5 s from its cache"""
     cudagraphs: bool = True
     """on CUDA, replay each update as one CUDA graph"""
     output_dir: str = "runs"
@@ -708,6 +708,8 @@ def train(args: Args) -> Path:
     settings = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")
 
+    if args.compile:
+        tqdm.write("the first updates are compiled, which can take a minute (--no-compile: at once, but slower ones)")
     stop_signal = 0
 
     def request_stop(signum, _frame):

@@ -13,7 +13,6 @@ command goes on. Exit code: 1 if a cell failed, 2 for bad input, 130 if stopped.
 Methods:
     base          plain SAC / TD3, all lambdas 0
     pave          the lambdas that the script takes for the env, or those in --flags
-    auto          pave with --autotune-curv
     untuned       0.1, 0.1, 0.01, where the paper's search starts
     caps          benchmarks/caps.py, the policy-side rival
     ablation-ijk  i, j, k = 1 keeps pave's lambda of MPR, VFC, Curv, 0 drops it; `ablation` is all eight
@@ -65,7 +64,7 @@ from benchmarks.evaluate import SCRIPTS, UserError, load_run, user_errors
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
 ABLATION = tuple(f"ablation-{mask:03b}" for mask in range(8))
-METHODS = ("base", "pave", "auto", "untuned", "caps", *ABLATION)
+METHODS = ("base", "pave", "untuned", "caps", *ABLATION)
 STEPS = {"Pendulum": 100_000, "LunarLanderContinuous": 500_000, "Reacher": 500_000}  # the paper's; else a million
 PRESETS = {
     "paper-td3": "--policy-lr 1e-3 --q-lr 1e-3 --batch-size 256 --gamma {gamma} --learning-starts 10000 "
@@ -168,9 +167,7 @@ def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, o
     preset = PRESETS.get(grid.preset, "").format(gamma=gamma, buffer_size=buffer_size)
     steps = STEPS.get(env, 1_000_000) if grid.steps is None else grid.steps
     flags = shlex.split(f"--env-id {shlex.quote(env_id)} --seed {seed} --total-timesteps {steps} {preset} {grid.flags}")
-    if method == "auto":
-        flags.append("--autotune-curv")
-    elif method != "pave":
+    if method != "pave":
         lambdas = script.UNTUNED_LAMBDAS if method == "untuned" else (0.0, 0.0, 0.0)
         if method in ABLATION:
             pave = script.validate(parse(script.Args, flags))

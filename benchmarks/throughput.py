@@ -75,7 +75,7 @@ class Settings:
 
     rounds: int = 5
     """turns of each side"""
-    output_dir: Path = ROOT / "benchmarks/results/throughput"
+    output_dir: Path = Path("runs/throughput")
     """where the results are written"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks are"""
