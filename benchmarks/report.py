@@ -37,8 +37,8 @@ from benchmarks.evaluate import NOISE_LEVELS, Run, UserError, evaluate_run, flat
 
 PAPER = Path(__file__).parent / "paper"
 PAPER_STEPS = {"Pendulum": 100_000, "LunarLander": 500_000, "Reacher": 500_000}  # the others: a million
-METHODS = ("base", "untuned", "pave", "auto", "caps")  # then ablation-000 to ablation-111: MPR, VFC, Curv on or off
-LOOKS = ("base", "pave", "auto", "untuned", "caps")  # in the order of plot.py's colours and markers
+METHODS = ("base", "untuned", "pave", "caps")  # then ablation-000 to ablation-111: MPR, VFC, Curv on or off
+LOOKS = ("base", "pave", "untuned", "caps")  # in the order of plot.py's colours and markers
 RESULTS = {"return": ("return_mean", "return_std", ">"), "sm": ("smoothness_mean", "smoothness_std", "<")}  # better
 GEOMETRY = {
     "M_sup": "m_sup",
@@ -46,8 +46,8 @@ GEOMETRY = {
     "NegDef": "neg_def",
     "cosine": "cosine_mean",
     "flip rate": "flip_rate",
+    "bound holds": "bound_holds_share",
 }
-GEOMETRY |= {"bound holds": "bound_holds_share"}
 PAPER_GEOMETRY = {"M_sup": "m_sup", "NegDef": "neg_def", "cosine": "mean_cosine", "flip rate": "flip_rate"}
 FEWEST = 3  # seeds below which no interval is shown
 RESAMPLES = 10_000
