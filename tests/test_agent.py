@@ -100,6 +100,10 @@ def test_pave_adds_its_weighted_terms_of_both_critics(script, float64):
     torch.testing.assert_close(loss, plain_loss + added)
     torch.testing.assert_close(metrics["losses/qf_loss"], plain_metrics["losses/qf_loss"])
     torch.testing.assert_close(metrics["losses/mpr"], (terms[0].mpr + terms[1].mpr) / 2)
+    traces = torch.cat([t.trace for t in terms])
+    assert 0 < (traces < 0).sum() < len(traces)
+    torch.testing.assert_close(metrics["geometry/curvature"], traces.mean())
+    assert metrics["geometry/concave_fraction"].item() == pytest.approx((traces < 0).double().mean().item())
 
 
 def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(script, float64):
@@ -111,7 +115,8 @@ def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(scrip
     added = sum(script.pave_losses(q, s[:8], a[:8], next_s[:8], noise, probe, 1.0).mpr for q in agent.critics)
     torch.testing.assert_close(loss, plain_loss + added)
     torch.testing.assert_close(metrics["losses/q_values"], plain_metrics["losses/q_values"])
-    assert agent.update(batch, True)["geometry/concave_fraction"] <= 1
+    share = agent.update(batch, True)["geometry/concave_fraction"].item()
+    assert 0 <= share <= 1 and (16 * share).is_integer()  # of 8 rows and two critics
 
 
 def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64):

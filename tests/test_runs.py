@@ -297,6 +297,13 @@ def test_a_run_that_breaks_stops_at_once_and_keeps_its_last_checkpoint(script, s
     assert all(value.isfinite().all() for value in checkpoint["agent"].values())
 
 
+def test_a_nan_action_is_called_divergence_and_never_reaches_the_env(script, small_args, monkeypatch):
+    """As on a GPU, where the losses are not read each step."""
+    monkeypatch.setattr(script.Agent, "explore", lambda *_: np.array([np.nan], dtype=np.float32))
+    with pytest.raises(script.UserError, match="training diverged at step 101,"):
+        script.train(small_args())
+
+
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_args, tmp_path):
     args = script.validate(small_args())
     agent = script.Agent(3, 1, args, torch.device("cpu"))
