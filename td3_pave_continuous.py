@@ -223,9 +223,8 @@ class ReplayBuffer:
             )
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.position = 0
-        self.size = torch.zeros(
-            (), dtype=torch.float64, device=device
-        )  # a CUDA graph would not see a Python int change
+        # on the device: a CUDA graph would not see a Python int change
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
         row = np.concatenate([observation, next_observation, action, [reward, terminated]], dtype=np.float32)
@@ -510,7 +509,7 @@ class Agent(nn.Module):
         return -self.critics[0](observations, self.actor(observations)).mean(), ()
 
     def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
-        """The parameters of "critics", "actor" or "log_alpha", each of which has its own optimizer."""
+        """The parameters of the attribute `part`, one of those that have an optimizer, by their names in the agent."""
         return {name: parameter for name, parameter in self.named_parameters() if name.split(".")[0] == part}
 
     def gradients(self, part: str, loss, *inputs) -> tuple:
@@ -528,7 +527,7 @@ class Agent(nn.Module):
     def descend(self, part: str, loss, *inputs) -> tuple:
         """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns (scalar, more)."""
         gradients, outputs = self.gradients(part, loss, *inputs)
-        self.optimizers[part].step(self.parameters_of(part).values(), gradients.values())
+        self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
         return outputs
 
     def polyak(self, targets: nn.Module, networks: nn.Module) -> None:
@@ -537,7 +536,7 @@ class Agent(nn.Module):
             target.lerp_(parameter, self.args.tau)
 
     def critic_noise(self, batch: tuple) -> tuple:
-        """The target policy's noise, MPR's, the probe: drawn outside of what is compiled, as eager would draw them."""
+        """Noise of the target policy, MPR's, the probe; not drawn in what is compiled, so that eager draws the same."""
         observations, actions = batch[0][: self.pave_rows], batch[2][: self.pave_rows]
         target_noise = torch.randn_like(batch[2])
         if not self.use_pave:
@@ -709,7 +708,7 @@ def train(args: Args) -> Path:
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")
 
     if args.compile:
-        tqdm.write("the first updates are compiled, which can take a minute (--no-compile: at once, but slower ones)")
+        tqdm.write("the first updates wait for torch.compile, a minute or so (--no-compile: no wait, slower updates)")
     stop_signal = 0
 
     def request_stop(signum, _frame):
