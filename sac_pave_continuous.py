@@ -62,6 +62,7 @@ TUNED_LAMBDAS = {
     "Walker2d": (2.0, 0.005, 2.0),
 }
 UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
+LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: where a target that can't be met ends
 LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
 
 
@@ -105,6 +106,11 @@ class Args:
     """standard deviation of MPR's noise, in the observation's own units"""
     curv_delta: float = 1.0
     """margin delta by which Curv wants v^T H v below zero"""
+    autotune_curv: bool = False
+    """tune lambda_curv towards --target-concavity from --lambda-curv; both it and --curv-delta are then relative to
+    the critic's action gradient, and None lambdas are the untuned ones"""
+    target_concavity: float = 0.95
+    """share of the samples that --autotune-curv wants to have v^T H v below -delta"""
     pave_batch_size: int | None = None
     """rows of the minibatch that the PAVE terms use: fewer is an unbiased, cheaper estimate; None: all"""
 
@@ -134,7 +140,8 @@ class UserError(Exception):
 
 def validate(args: Args) -> Args:
     """Return args with each None lambda looked up for this env; UserError on a setting that makes no sense."""
-    defaults = dict(zip(LAMBDAS, TUNED_LAMBDAS.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS), strict=True))
+    tuned = {} if args.autotune_curv else TUNED_LAMBDAS
+    defaults = dict(zip(LAMBDAS, tuned.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS), strict=True))
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     rules = {
         "total_timesteps learning_starts batch_size policy_frequency": (lambda x: x >= 1, "at least 1"),
@@ -143,7 +150,12 @@ def validate(args: Args) -> Args:
         "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
         "policy_lr q_lr mpr_sigma alpha": (lambda x: 0 < x < math.inf, "a positive number"),
         "lambda_mpr lambda_vfc lambda_curv curv_delta": (lambda x: 0 <= x < math.inf, "0 or a positive number"),
+        "target_concavity": (lambda x: 0 < x < 1, "between 0 and 1"),
         "gamma tau": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+        "lambda_curv": (
+            lambda x: not args.autotune_curv or LAMBDA_CURV_BOUNDS[0] <= x <= LAMBDA_CURV_BOUNDS[1],
+            "from {} to {} with --autotune-curv".format(*LAMBDA_CURV_BOUNDS),
+        ),
         "buffer_size": (lambda x: x >= args.batch_size, f"at least --batch-size ({args.batch_size})"),
         "pave_batch_size": (
             lambda x: x is None or 1 <= x <= args.batch_size,
@@ -290,6 +302,7 @@ class PaveLosses(NamedTuple):
     vfc: torch.Tensor  # ()
     curvature: torch.Tensor  # ()
     trace: torch.Tensor  # (B,), v^T (d2Q/da2) v, one probe's estimate: below 0 where Q is concave along it
+    gradient: torch.Tensor  # (B, d_a), grad_a Q(s, a)
     q_values: torch.Tensor  # (B,), Q(s, a): the TD loss needs no second forward pass
 
 
@@ -355,6 +368,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         vfc=(next_gradient - gradient).square().mean(),
         curvature=torch.relu(trace + delta).mean(),
         trace=trace,
+        gradient=gradient,
         q_values=q_values,
     )
 
@@ -451,7 +465,7 @@ class Agent(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
         self.args, self.device = args, device
-        self.use_pave = any(getattr(args, name) for name in LAMBDAS)
+        self.use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
         self.pave_rows = args.pave_batch_size or args.batch_size
         self.td_weight = 0.5  # SAC halves each critic's squared error; the tuned lambdas are relative to that
         self.action_dim, self.target_entropy = action_dim, -action_dim
@@ -463,6 +477,9 @@ class Agent(nn.Module):
             self.log_alpha = nn.Parameter(torch.zeros(1))
         else:  # not in checkpoints, so that a resumed run takes a new --alpha
             self.register_buffer("log_alpha", torch.tensor([args.alpha]).log(), persistent=False)
+        if args.autotune_curv:
+            self.register_buffer("log_lambda_curv", torch.tensor([args.lambda_curv]).log())
+            self.register_buffer("gradient_scale", torch.zeros(1))
         rates = {"critics": args.q_lr, "actor": args.policy_lr} | ({"log_alpha": args.q_lr} if args.autotune else {})
         optimizers = {part: Adam(list(self.parameters_of(part).values()), rate) for part, rate in rates.items()}
         self.optimizers = nn.ModuleDict(optimizers)
@@ -490,15 +507,20 @@ class Agent(nn.Module):
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n = self.args, self.pave_rows
         total, twins = 0.0, []
+        lambda_curv, delta = args.lambda_curv, args.curv_delta
+        if args.autotune_curv:  # delta 1 is met by a paraboloid whose top is nearer than the action box is wide
+            scale = self.gradient_scale.squeeze()
+            delta = actions.shape[1] / 2 * delta * scale
+            lambda_curv = self.log_lambda_curv.exp().squeeze() * scale
         for critic in self.critics:
             if self.use_pave:
                 pave = pave_losses(
-                    critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, args.curv_delta
+                    critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, delta
                 )
                 q_values = pave.q_values
                 if n < len(actions):
                     q_values = torch.cat([q_values, critic(observations[n:], actions[n:])])
-                total += args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + args.lambda_curv * pave.curvature
+                total += args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
             else:
                 q_values = critic(observations, actions)
             td = F.mse_loss(q_values, target_q)
@@ -508,8 +530,18 @@ class Agent(nn.Module):
                 metrics |= {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
                 metrics["geometry/curvature"] = pave.trace.mean()
                 metrics["geometry/concave_fraction"] = (pave.trace < 0).float().mean()
+            if args.autotune_curv:
+                metrics["geometry/margin_fraction"] = (pave.trace < -delta).float().mean()
+                metrics["geometry/action_gradient"] = pave.gradient.square().mean().sqrt()
+                metrics["losses/lambda_curv"] = lambda_curv
             twins.append(metrics)
         return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in twins[0]}
+
+    def tune_curvature(self, metrics: dict) -> None:
+        """lambda_curv grows while fewer samples than --target-concavity have v^T H v < -delta (dual ascent)."""
+        shortfall = self.args.target_concavity - metrics["geometry/margin_fraction"]
+        self.log_lambda_curv.add_(0.006 * shortfall).clamp_(*map(math.log, LAMBDA_CURV_BOUNDS))
+        self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
 
     def actor_loss(self, batch: tuple, noise):
         """Plain SAC: mean of alpha log pi(a|s) - min Q(s, a), a ~ pi(s); and the mean log-probability."""
@@ -560,6 +592,8 @@ class Agent(nn.Module):
     def update_critics(self, batch: tuple, target_noise, state_noise, probe) -> dict:
         """One step of both critics, then of their targets; returns what to log."""
         metrics = self.descend("critics", self.critic_loss, batch, target_noise, state_noise, probe)[1]
+        if self.args.autotune_curv:
+            self.tune_curvature(metrics)
         self.polyak(self.critic_targets, self.critics)
         return metrics
 

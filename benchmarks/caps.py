@@ -69,8 +69,8 @@ def caps_loss(actor, observations, next_observations, noise, temporal: float, sp
 def train(script: ModuleType, args, caps: dict[str, float]) -> Path:
     """script.train(args) with CAPS in the actor's loss; args: script.Args without PAVE, caps: see `settings`."""
     args = replace(args, **{name: getattr(args, name) or 0.0 for name in script.LAMBDAS})
-    if any(getattr(args, name) for name in script.LAMBDAS):
-        raise UserError("CAPS leaves the critic plain: --lambda-mpr, --lambda-vfc and --lambda-curv must be 0")
+    if args.autotune_curv or any(getattr(args, name) for name in script.LAMBDAS):
+        raise UserError("CAPS leaves the critic plain: no --autotune-curv, and the three lambdas must be 0")
     temporal, spatial, sigma = caps["caps_temporal"], caps["caps_spatial"], caps["caps_sigma"]
     make_plain_run_dir = script.make_run_dir
 

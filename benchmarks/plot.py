@@ -265,37 +265,54 @@ def actions(
 def read_curve(run: Run, tag: str) -> dict[int, float]:
     """Step -> value of one tag of the run's TensorBoard files; UserError if it isn't there."""
     events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
-    if tag not in events.Tags()["scalars"]:
-        raise UserError(f"{run.path} has no {tag} in its TensorBoard files: train with --eval-episodes 1 or more")
+    has = sorted(events.Tags()["scalars"])
+    if tag not in has:
+        raise UserError(f"{run.path} has no {tag} in its TensorBoard files: it has {', '.join(has)}")
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def mean_and_band(axis, x, values: np.ndarray, colour: str, label: str) -> None:
     """Draw the mean of values (seeds, len(x)) as a line, and +-1 standard deviation over the seeds as a band."""
     mean, deviation = values.mean(axis=0), values.std(axis=0)
-    axis.plot(x, mean, color=colour, label=f"{label} ({len(values)} seed{'s'[: len(values) > 1]})", marker=".")
+    axis.plot(
+        x,
+        mean,
+        color=colour,
+        label=f"{label} ({len(values)} seed{'s'[: len(values) > 1]})",
+        marker="." if len(x) < 50 else None,
+    )
     if len(values) > 1:
         axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
 
 
-def curves(runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png")) -> None:
-    """Learning curves of the evaluations: mean over the seeds of each label, band of +-1 standard deviation."""
+Tags = Annotated[tuple[str, ...], tyro.conf.arg(help="TensorBoard curves, such as losses/lambda_curv, a panel each")]
+EVALUATIONS = {"eval/return": RETURN, "eval/smoothness": SMOOTHNESS}
+
+
+def curves(
+    runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(EVALUATIONS)
+) -> None:
+    """Learning curves, of the evaluations or else of --tags: mean over the seeds of each label, band of +-1 std."""
     agents = open_runs(runs, labels)
     groups = group(agents)
     colours = colours_of(groups)
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
-    for axis, tag, name in zip(axes, ("eval/return", "eval/smoothness"), (RETURN, SMOOTHNESS), strict=True):
+    figure, axes = plt.subplots(1, len(tags), figsize=(WIDTH, 3.6), squeeze=False)
+    for axis, tag in zip(axes[0], tags, strict=True):
         for colour, (label, seeds) in zip(colours, groups.items(), strict=True):
             read = [read_curve(run, tag) for run in seeds]
             steps = sorted(set.intersection(*map(set, read)))
             if not steps:
-                raise UserError(f"the runs labelled {label} were evaluated at no common step: give them --labels")
+                raise UserError(f"the runs labelled {label} have no common step in {tag}: give them --labels")
             mean_and_band(axis, steps, np.array([[curve[step] for step in steps] for curve in read]), colour, label)
-        axis.set(xlabel="environment steps", ylabel=name)
+        axis.set(xlabel="environment steps", ylabel=EVALUATIONS.get(tag, tag))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[1].set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"{agents[0].args.env_id}: evaluation of the deterministic policy during training")
+        if tag == "eval/smoothness":
+            axis.set_ylim(bottom=0)
+        elif tag == "losses/lambda_curv":
+            axis.set_yscale("log")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    what = "evaluation of the deterministic policy during training" if set(tags) <= set(EVALUATIONS) else "training"
+    figure.suptitle(f"{agents[0].args.env_id}: {what}")
     save(figure, output)
 
 

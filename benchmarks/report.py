@@ -37,8 +37,8 @@ from benchmarks.evaluate import NOISE_LEVELS, Run, UserError, evaluate_run, flat
 
 PAPER = Path(__file__).parent / "paper"
 PAPER_STEPS = {"Pendulum": 100_000, "LunarLander": 500_000, "Reacher": 500_000}  # the others: a million
-METHODS = ("base", "untuned", "pave", "caps")  # then ablation-000 to ablation-111: MPR, VFC, Curv on or off
-LOOKS = ("base", "pave", "untuned", "caps")  # in the order of plot.py's colours and markers
+METHODS = ("base", "untuned", "pave", "auto", "caps")  # then ablation-000 to ablation-111: MPR, VFC, Curv on or off
+LOOKS = ("base", "pave", "untuned", "caps", "auto")  # in the order of plot.py's colours and markers
 RESULTS = {"return": ("return_mean", "return_std", ">"), "sm": ("smoothness_mean", "smoothness_std", "<")}  # better
 GEOMETRY = {
     "M_sup": "m_sup",

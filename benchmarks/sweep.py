@@ -14,6 +14,7 @@ Methods:
     base          plain SAC / TD3, all lambdas 0
     pave          the lambdas that the script takes for the env, or those in --flags
     untuned       0.1, 0.1, 0.01, where the paper's search starts
+    auto          --autotune-curv, from the same start
     caps          benchmarks/caps.py, the policy-side rival
     ablation-ijk  i, j, k = 1 keeps pave's lambda of MPR, VFC, Curv, 0 drops it; `ablation` is all eight
 
@@ -64,7 +65,7 @@ from benchmarks.evaluate import SCRIPTS, UserError, load_run, user_errors
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
 ABLATION = tuple(f"ablation-{mask:03b}" for mask in range(8))
-METHODS = ("base", "pave", "untuned", "caps", *ABLATION)
+METHODS = ("base", "pave", "untuned", "auto", "caps", *ABLATION)
 STEPS = {"Pendulum": 100_000, "LunarLanderContinuous": 500_000, "Reacher": 500_000}  # the paper's; else a million
 PRESETS = {
     "paper-td3": "--policy-lr 1e-3 --q-lr 1e-3 --batch-size 256 --gamma {gamma} --learning-starts 10000 "
@@ -73,10 +74,10 @@ PRESETS = {
     "--alpha 0.2 --buffer-size 1000000",
 }
 SHORT_ENVS = ("Pendulum", "LunarLanderContinuous")  # where the paper's TD3 differs
-CELL_FLAGS = {"--env-id", "--seed", "--total-timesteps", "--output-dir", "--resume"}
+CELL_FLAGS = {"--env-id", "--seed", "--total-timesteps", "--output-dir", "--resume", "--autotune-curv"}
 # Settings that a finished training may have otherwise than asked; the second ones where no PAVE code runs.
 FREE = ("output_dir", "resume", "total_timesteps", "eval_interval", "checkpoint_interval", "cuda", "torch_", "compile")
-PAVE_ONLY = ("mpr_", "curv_", "pave_")
+PAVE_ONLY = ("mpr_", "curv_", "pave_", "target_concavity")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -167,7 +168,9 @@ def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, o
     preset = PRESETS.get(grid.preset, "").format(gamma=gamma, buffer_size=buffer_size)
     steps = STEPS.get(env, 1_000_000) if grid.steps is None else grid.steps
     flags = shlex.split(f"--env-id {shlex.quote(env_id)} --seed {seed} --total-timesteps {steps} {preset} {grid.flags}")
-    if method != "pave":
+    if method == "auto":
+        flags.append("--autotune-curv")
+    elif method != "pave":
         lambdas = script.UNTUNED_LAMBDAS if method == "untuned" else (0.0, 0.0, 0.0)
         if method in ABLATION:
             pave = script.validate(parse(script.Args, flags))

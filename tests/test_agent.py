@@ -12,15 +12,15 @@ STATES, ACTIONS, ROWS = 4, 2, 24
 CPU = torch.device("cpu")
 
 
-def make_agent(script, **changes):
+def make_agent(script, action_dim=ACTIONS, **changes):
     settings = {"batch_size": ROWS, "compile": False, "lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0}
     torch.manual_seed(0)
-    return script.Agent(STATES, ACTIONS, script.validate(script.Args(**(settings | changes))), CPU)
+    return script.Agent(STATES, action_dim, script.validate(script.Args(**(settings | changes))), CPU)
 
 
-def make_batch(seed=1):
+def make_batch(seed=1, action_dim=ACTIONS):
     torch.manual_seed(seed)
-    s, next_s, a = torch.randn(ROWS, STATES), torch.randn(ROWS, STATES), torch.rand(ROWS, ACTIONS) * 2 - 1
+    s, next_s, a = torch.randn(ROWS, STATES), torch.randn(ROWS, STATES), torch.rand(ROWS, action_dim) * 2 - 1
     return s, next_s, a, torch.randn(ROWS), (torch.rand(ROWS) < 0.3).float()
 
 
@@ -119,15 +119,17 @@ def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(scrip
     assert 0 <= share <= 1 and (16 * share).is_integer()  # of 8 rows and two critics
 
 
-def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64):
+@pytest.mark.parametrize("autotune_curv", [False, True])
+def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64, autotune_curv):
     weights = {"lambda_mpr": 1e6, "lambda_vfc": 1e3, "lambda_curv": 1.0}  # so that every term weighs in the gradient
+    weights["autotune_curv"] = autotune_curv
     eager, compiled = make_agent(script, **weights), make_agent(script, compile=True, **weights)
     for agent in (eager, compiled):
         torch.manual_seed(4)
         for step in range(6):
             agent.update(make_batch(seed=step), step % 2 == 0)
-    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
+    for (name, ours), theirs in zip(compiled.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_without_a_compiler_it_warns_and_runs_eagerly(script, monkeypatch, capsys):

@@ -79,7 +79,9 @@ def train(script, wrap, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lambda_mpr": 0.1, "lambda_vfc": 0.1, "lambda_curv": 0.5}], ids=["plain", "pave"]
+    "settings",
+    [{}, {"lambda_mpr": 0.1, "lambda_vfc": 0.1, "lambda_curv": 0.5}, {"lambda_mpr": 0.1, "autotune_curv": True}],
+    ids=["plain", "pave", "autotuned"],
 )
 def test_replayed_updates_are_the_eager_ones(script, no_cuda_needed, settings):
     eager, eager_logged = train(script, lambda function: function, **settings)

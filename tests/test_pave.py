@@ -46,7 +46,7 @@ def double_backward_losses(q, s, a, next_s, noise, v, delta):
     mpr = torch.mean((field(s + noise)[0] - gradient) ** 2)
     vfc = torch.mean((field(next_s)[0] - gradient) ** 2)
     trace = (v * hvp).sum(1)
-    return mpr, vfc, torch.clamp(trace + delta, min=0).mean(), trace, value
+    return mpr, vfc, torch.clamp(trace + delta, min=0).mean(), trace, gradient, value
 
 
 def parameter_gradients(q, value):
@@ -69,7 +69,7 @@ def test_losses_and_their_parameter_gradients_equal_double_backward(script, floa
     batch = inputs(script, actions)
     ours = script.pave_losses(q, *batch, 1.0)
     reference = double_backward_losses(q, *batch, 1.0)
-    assert ours._fields == ("mpr", "vfc", "curvature", "trace", "q_values")
+    assert ours._fields == ("mpr", "vfc", "curvature", "trace", "gradient", "q_values")
     assert ours.q_values.shape == (ROWS,)
     assert all(term > 0 for term in ours[:3])
     for mine, theirs in zip(ours, reference, strict=True):
@@ -160,7 +160,7 @@ def test_compiled_equals_eager(script, float64, critic):
     batch = inputs(script)
 
     def loss(*batch):
-        mpr, vfc, curvature, _, q_values = script.pave_losses(q, *batch, 1.0)
+        mpr, vfc, curvature, *_, q_values = script.pave_losses(q, *batch, 1.0)
         return 2.0 * mpr + 3.0 * vfc + 0.5 * curvature + q_values.square().mean()
 
     eager, compiled = loss(*batch), torch.compile(loss)(*batch)

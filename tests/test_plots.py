@@ -98,6 +98,18 @@ def test_curves_are_the_mean_over_seeds_at_common_steps(runs, figures):
     assert line.get_ydata()[-1] == pytest.approx(np.mean(final), rel=1e-5)
 
 
+def test_curves_of_any_tag(runs, figures):
+    plot.main(["curves", runs["base"], "--tags", "charts/episodic_length", "eval/smoothness", "eval/oscillation"])
+    assert [axis.get_ylabel() for axis in figures[0].axes] == [
+        "charts/episodic_length",
+        plot.SMOOTHNESS,
+        "eval/oscillation",
+    ]
+    assert figures[0].axes[0].lines[0].get_ydata().tolist() == [200]
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(["curves", runs["base"], "--tags", "losses/lambda_curv"])
+
+
 def test_robustness_starts_without_noise(runs, figures):
     plot.main(["robustness", runs["td3"]])
     values = read(runs["td3"], "evaluation.json")

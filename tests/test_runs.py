@@ -122,7 +122,9 @@ def test_same_seed_same_weights_other_seed_others(script, small_args):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_killed_and_resumed_is_bit_identical_to_never_interrupted(script, small_args, compiled):
-    args = small_args(total_timesteps=1000, checkpoint_interval=350, compile=compiled, eval_episodes=0)
+    args = small_args(
+        total_timesteps=1000, checkpoint_interval=350, compile=compiled, eval_episodes=0, autotune_curv=compiled
+    )
     whole = script.train(args)
     command = [
         sys.executable,
@@ -199,6 +201,8 @@ BAD_SETTINGS = {
     "sigma 0": ({"mpr_sigma": 0.0}, "--mpr-sigma is 0.0; it must be a positive"),
     "negative delta": ({"curv_delta": -1.0}, "--curv-delta"),
     "gamma over 1": ({"gamma": 1.1}, "--gamma is 1.1; it must be from 0 to 1"),
+    "target concavity over 1": ({"target_concavity": 95.0}, "--target-concavity is 95.0; it must be between"),
+    "autotune from 0": ({"autotune_curv": True, "lambda_curv": 0.0}, "--lambda-curv is 0.0; it must be from 0.0001 to"),
     "tau below 0": ({"tau": -0.1}, "--tau"),
     "policy lr 0": ({"policy_lr": 0.0}, "--policy-lr"),
     "q lr negative": ({"q_lr": -1e-3}, "--q-lr"),

@@ -133,8 +133,10 @@ def test_grid_and_presets(tmp_path):
     assert "a_module-Robot-v0__sac__ablation-101__2" in grid
     assert grid["a_module-Robot-v0__td3__base__1"].about["steps"] == 1_000_000
 
-    td3 = cells(preset="paper-td3", methods=("base", "pave", "ablation-101", "untuned", "caps"), flags="--tau 0.1")
-    assert len(td3) == 5 * 5
+    td3 = cells(
+        preset="paper-td3", methods=("base", "pave", "ablation-101", "untuned", "auto", "caps"), flags="--tau 0.1"
+    )
+    assert len(td3) == 6 * 5
     cell = td3["Pendulum-v1__td3__ablation-101__3"]
     args = script_args(cell)
     assert (args.lambda_mpr, args.lambda_vfc, args.lambda_curv) == (2.0, 0.0, 2.0)
@@ -143,6 +145,8 @@ def test_grid_and_presets(tmp_path):
     assert cell.about["preset"] == "paper-td3"
     assert script_args(td3["Pendulum-v1__td3__pave__1"]).lambda_mpr is None
     assert script_args(td3["Pendulum-v1__td3__untuned__1"]).lambda_curv == 0.01
+    auto = script_args(td3["Pendulum-v1__td3__auto__1"])
+    assert (auto.autotune_curv, auto.lambda_curv, args.autotune_curv) == (True, None, False)
     command = shlex.split(td3["Pendulum-v1__td3__caps__1"].about["command"])
     assert command[:3] == ["python", "benchmarks/caps.py", "td3_pave_continuous"]
     assert command[-2:] == ["--output-dir", "runs/sweep/Pendulum-v1__td3__caps__1"]

@@ -1,0 +1,106 @@
+"""--autotune-curv: lambda_curv finds itself, in units that the reward's scale drops out of."""
+
+import math
+
+import pytest
+import torch
+
+from tests.test_agent import ROWS, STATES, make_agent, make_batch
+
+
+def tuned_agent(script, **changes):
+    start = {"autotune_curv": True, "lambda_mpr": 0.1, "lambda_vfc": 0.2, "lambda_curv": 0.01, "curv_delta": 0.5}
+    return make_agent(script, **(start | changes))
+
+
+def noises(script, batch):
+    torch.manual_seed(3)
+    return torch.randn_like(batch[2]), 0.01 * torch.randn(ROWS, STATES), script.rademacher_like(batch[2])
+
+
+def test_weight_and_margin_are_in_units_of_the_action_gradient(script, float64):
+    agent, fixed, batch = tuned_agent(script, action_dim=3), make_agent(script, action_dim=3), make_batch(action_dim=3)
+    agent.gradient_scale.fill_(0.3)
+    s, next_s, a, _, _ = batch
+    target_noise, noise, probe = noises(script, batch)
+    scale = 3 / 2 * 0.3
+    terms = [script.pave_losses(q, s, a, next_s, noise, probe, 0.5 * scale) for q in agent.critics]
+    added = sum(0.1 * t.mpr + 0.2 * t.vfc + 0.01 * 0.3 * t.curvature for t in terms)
+    loss, metrics = agent.critic_loss(batch, target_noise, noise, probe)
+    torch.testing.assert_close(loss, fixed.critic_loss(batch, target_noise, None, None)[0] + added)
+    traces = torch.cat([t.trace for t in terms])
+    assert metrics["losses/lambda_curv"].item() == pytest.approx(0.01 * 0.3)
+    assert metrics["geometry/margin_fraction"].item() == pytest.approx((traces < -0.5 * scale).double().mean().item())
+    gradients = [script.action_gradient(q, s, a)[0] for q in agent.critics]
+    root_mean_squares = [gradient.square().mean().sqrt().item() for gradient in gradients]
+    assert metrics["geometry/action_gradient"].item() == pytest.approx(sum(root_mean_squares) / 2)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_the_reward_scale_multiplies_the_loss_and_drops_out_of_the_tuning(script, float64, scale):
+    """Rewards and Q (its last layer; SAC's alpha too) times c: every term of the loss times c^2."""
+    one, other, batch = tuned_agent(script), tuned_agent(script), make_batch()
+    for critic in (*other.critics, *other.critic_targets):
+        critic.net[-1].weight.mul_(scale)
+        critic.net[-1].bias.mul_(scale)
+    if hasattr(one, "log_alpha"):
+        other.log_alpha.add_(math.log(scale))
+    s, next_s, a, rewards, ends = batch
+    one.gradient_scale.fill_(0.1)
+    other.gradient_scale.fill_(0.1 * scale)
+    loss, metrics = one.critic_loss(batch, *noises(script, batch))
+    scaled_loss, scaled_metrics = other.critic_loss((s, next_s, a, scale * rewards, ends), *noises(script, batch))
+    torch.testing.assert_close(scaled_loss, scale**2 * loss)
+    one.tune_curvature(metrics)
+    other.tune_curvature(scaled_metrics)
+    torch.testing.assert_close(other.log_lambda_curv, one.log_lambda_curv)
+    torch.testing.assert_close(other.gradient_scale, scale * one.gradient_scale)
+
+
+def test_lambda_rises_while_too_few_samples_are_concave_and_stays_in_its_bounds(script):
+    agent = tuned_agent(script, target_concavity=0.75)
+
+    def after(margin_fraction, updates):
+        metrics = {
+            "geometry/action_gradient": torch.tensor(2.0),
+            "geometry/margin_fraction": torch.tensor(margin_fraction),
+        }
+        for _ in range(updates):
+            agent.tune_curvature(metrics)
+        return agent.log_lambda_curv.exp().item()
+
+    assert after(0.75, 3) == pytest.approx(0.01)  # met
+    assert 0.01 < after(0.5, 1) < after(0.0, 1)
+    assert after(0.0, 5000) == pytest.approx(100)  # a target that can't be met
+    assert agent.gradient_scale.item() == pytest.approx(2.0, rel=1e-4)
+    assert after(1.0, 20_000) == pytest.approx(1e-4)
+
+
+def test_it_starts_from_the_untuned_lambdas_also_where_the_paper_has_tuned_ones(script):
+    args = script.validate(script.Args(env_id="Pendulum-v1", autotune_curv=True, lambda_vfc=0.3))
+    assert (args.lambda_mpr, args.lambda_vfc, args.lambda_curv) == (0.1, 0.3, 0.01)
+    assert tuned_agent(script, lambda_mpr=0.0, lambda_vfc=0.0).use_pave
+
+
+def test_without_it_there_is_no_trace_of_it(script):
+    agent = make_agent(script, lambda_curv=1.0)
+    assert not [name for name in agent.state_dict() if "lambda" in name or "scale" in name]
+    assert not {"losses/lambda_curv", "geometry/margin_fraction"} & agent.update(make_batch(), True).keys()
+
+
+def test_the_margin_asks_for_a_top_no_farther_away_than_the_box_is_wide(script, float64):
+    """Q = -h/2 |a - top|^2, whose every sample is `away` from the top in each dimension: h drops out."""
+
+    def margin_fraction(h, away):
+        agent = tuned_agent(script, action_dim=3, curv_delta=1.0)
+        batch = make_batch(action_dim=3)
+        top = batch[2] - away
+        for critic in agent.critics:
+            critic.forward = lambda s, a: -0.5 * h * (a - top.repeat(len(a) // ROWS, 1)).square().sum(1)
+        for _ in range(2):
+            metrics = agent.critic_loss(batch, *noises(script, batch))[1]
+            agent.gradient_scale.copy_(metrics["geometry/action_gradient"])
+        return metrics["geometry/margin_fraction"].item()
+
+    assert [margin_fraction(h, away=1.9) for h in (0.01, 1.0, 100.0)] == [1, 1, 1]
+    assert [margin_fraction(h, away=2.1) for h in (0.01, 1.0, 100.0)] == [0, 0, 0]
