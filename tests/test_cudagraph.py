@@ -80,7 +80,7 @@ def train(script, wrap, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"lambda_mpr": 0.1, "lambda_vfc": 0.1, "lambda_curv": 0.5}, {"lambda_mpr": 0.1, "autotune_curv": True}],
+    [{}, {"lambda_mpr": 0.1, "lambda_vfc": 0.1, "lambda_curv": 0.5}, {"autotune_curv": True, "lambda_curv": 0.01}],
     ids=["plain", "pave", "autotuned"],
 )
 def test_replayed_updates_are_the_eager_ones(script, no_cuda_needed, settings):
