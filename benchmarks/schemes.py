@@ -47,6 +47,7 @@ def losses(trace, gradients, q_values, delta) -> PaveLosses:
         vfc=(next_gradient - gradient).square().mean((-2, -1)),
         curvature=torch.relu(trace + delta).mean(-1),
         trace=trace,
+        gradient=gradient,
         q_values=q_values,
     )
 

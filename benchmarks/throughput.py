@@ -113,6 +113,7 @@ def naive_pave_losses(q, observations, actions, next_observations, state_noise, 
         vfc=change(next_observations),
         curvature=torch.relu(trace + delta).mean(),
         trace=trace,
+        gradient=gradient,
         q_values=q(observations, actions),
     )
 
