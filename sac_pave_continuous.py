@@ -60,6 +60,7 @@ TUNED_LAMBDAS = {
     "Humanoid": (0.1, 0.0005, 1.0),
     "Hopper": (2.0, 0.0005, 3.0),
     "Walker2d": (2.0, 0.005, 2.0),
+    "HalfCheetah": (0.1, 0.1, 0.3),  # ours; not in the paper
 }
 UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
 LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: where a target that can't be met ends
