@@ -60,7 +60,7 @@ TUNED_LAMBDAS = {
     "Humanoid": (0.1, 0.0005, 1.0),
     "Hopper": (2.0, 0.0005, 3.0),
     "Walker2d": (2.0, 0.005, 2.0),
-    "HalfCheetah": (0.1, 0.1, 0.3),  # ours; not in the paper
+    "HalfCheetah": (0.1, 0.1, 0.3),  # ours (README)
 }
 UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
 LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: where a target that can't be met ends
@@ -98,11 +98,11 @@ class Args:
     """fixed entropy coefficient, used with --no-autotune"""
 
     lambda_mpr: float | None = None
-    """weight of MPR; None: the paper's tuned value for this env, or 0.1"""
+    """weight of MPR; None: the tuned value for this env, or 0.1"""
     lambda_vfc: float | None = None
-    """weight of VFC; None: the paper's tuned value for this env, or 0.1"""
+    """weight of VFC; None: the tuned value for this env, or 0.1"""
     lambda_curv: float | None = None
-    """weight of Curv; None: the paper's tuned value for this env, or 0.01"""
+    """weight of Curv; None: the tuned value for this env, or 0.01"""
     mpr_sigma: float = 0.01
     """standard deviation of MPR's noise, in the observation's own units"""
     curv_delta: float = 1.0

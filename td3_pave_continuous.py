@@ -99,11 +99,11 @@ class Args:
     """bound of that noise"""
 
     lambda_mpr: float | None = None
-    """weight of MPR; None: the paper's tuned value for this env, or 0.1"""
+    """weight of MPR; None: the tuned value for this env, or 0.1"""
     lambda_vfc: float | None = None
-    """weight of VFC; None: the paper's tuned value for this env, or 0.1"""
+    """weight of VFC; None: the tuned value for this env, or 0.1"""
     lambda_curv: float | None = None
-    """weight of Curv; None: the paper's tuned value for this env, or 0.01"""
+    """weight of Curv; None: the tuned value for this env, or 0.01"""
     mpr_sigma: float = 0.01
     """standard deviation of MPR's noise, in the observation's own units"""
     curv_delta: float = 1.0

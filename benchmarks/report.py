@@ -285,6 +285,11 @@ def mean_of(name: str) -> Callable:
     return lambda cell, rows: spread(column(rows, name), len(rows))
 
 
+def iqm_of(name: str) -> Callable:
+    """A table's column: IQM of this measure, with its interval."""
+    return lambda cell, rows: estimate([column(rows, name)])
+
+
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
@@ -335,10 +340,32 @@ class Group:
 
         return {heading: text} if published else {}
 
+    def improvement(self, mean: str, better: str, base: str = "base") -> Callable:
+        """A column: how probably a seed is better than one of base in this measure."""
+
+        def text(cell, rows):
+            pair = [column(rows, mean), column(self.rows((cell[0], base)), mean)]
+            if cell[1] == base or min(map(len, pair)) < FEWEST:
+                return NONE
+            return estimate(pair if better == ">" else pair[::-1], probability_of_improvement)
+
+        return text
+
+    def short(self) -> str:
+        """The table that the README shows."""
+        columns = {}
+        for name, (mean, *_) in RESULTS.items():
+            columns |= {f"{name}: IQM [95%]": iqm_of(mean)} | self.quote(f"paper: {name}", "tables", f"{name}_mean")
+        mean, _, better = RESULTS["sm"]
+        return self.table(
+            columns
+            | {"P(smoother than base)": self.improvement(mean, better)}
+            | {"NegDef": mean_of(GEOMETRY["NegDef"])}
+        )
+
     def results(self, name: str, ablation: bool = False) -> str:
         """Return or sm, ours beside the paper's."""
         mean, deviation, better = RESULTS[name]
-        base = "ablation-000" if ablation else "base"
 
         def pooled(cell, rows):
             means, inside = column(rows, mean), column(rows, deviation)
@@ -346,15 +373,9 @@ class Group:
                 return NONE
             return number(math.sqrt(np.mean(inside**2) + np.var(means)), np.mean(means))
 
-        def improvement(cell, rows):
-            pair = [column(rows, mean), column(self.rows((cell[0], base)), mean)]
-            if cell[1] == base or min(map(len, pair)) < FEWEST:
-                return NONE
-            return estimate(pair if better == ">" else pair[::-1], probability_of_improvement)
-
         columns = {f"{name}: mean ± std": mean_of(mean), "std over episodes": pooled}
-        columns |= {"IQM [95% interval]": lambda cell, rows: estimate([column(rows, mean)])}
-        columns |= {f"P({better} base)": improvement}
+        columns |= {"IQM [95% interval]": iqm_of(mean)}
+        columns |= {f"P({better} base)": self.improvement(mean, better, "ablation-000" if ablation else "base")}
         source = ("ablation", f"{name}_mean") if ablation else ("tables", f"{name}_mean", f"{name}_std")
         columns |= self.quote(f"paper, {PAPER_STEPS.get(self.env, 1_000_000):,} steps", *source)
         return self.table(columns, ablation)
@@ -484,6 +505,7 @@ def section(group: Group, folder: Path) -> list[str]:
     parts, path = [f"## {group.title}"], str(folder / group.file)
     if group.cells():
         title = "return against smoothness (IQM, 95% intervals; dots: seeds)"
+        parts += ["### In short", group.short()]
         parts += ["### Return and smoothness", group.results("return"), group.results("sm")]
         parts += [side_by_side(draw_tradeoff, group, title, Path(f"{path}_tradeoff.png"))]
 

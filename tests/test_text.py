@@ -134,3 +134,12 @@ def test_the_worked_example_of_the_readme_runs(script):
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "pyproject.toml", ".ci/run", "requirements.txt"])
 def test_the_files_that_a_repository_needs(name):
     assert (ROOT / name).stat().st_size > 0
+
+
+def test_results_in_the_readme_are_those_of_the_reports():
+    """Each report's first table, "In short", is there, line by line."""
+    reports = list((ROOT / "benchmarks/results").glob("*/report.md"))
+    assert reports
+    for report in reports:
+        for table in re.findall(r"### In short\n\n((?:\|.*\n)+)", report.read_text()):
+            assert table in (ROOT / "README.md").read_text(), report
