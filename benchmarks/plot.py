@@ -56,7 +56,7 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def open_runs(paths: Paths, labels: Labels = ()) -> list[Run]:
+def open_runs(paths: Paths, labels: Labels = (), one_env: bool = True) -> list[Run]:
     """Load the runs under these labels, or their own; UserError where they can't share a figure."""
     if not paths:
         raise UserError("give at least one run folder")
@@ -64,7 +64,7 @@ def open_runs(paths: Paths, labels: Labels = ()) -> list[Run]:
         raise UserError(f"{len(labels)} --labels for {len(paths)} runs: give one label per run, in the same order")
     runs = [load_run(path) for path in paths]
     envs = sorted({run.args.env_id for run in runs})
-    if len(envs) > 1:
+    if one_env and len(envs) > 1:
         raise UserError(f"the runs are on different envs ({', '.join(envs)}): plot one env at a time")
     steps = sorted({run.step for run in runs})
     if len(steps) > 1:
@@ -293,7 +293,8 @@ def curves(
     runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(EVALUATIONS)
 ) -> None:
     """Learning curves, of the evaluations or else of --tags: mean over the seeds of each label, band of +-1 std."""
-    agents = open_runs(runs, labels)
+    evaluations = set(tags) <= set(EVALUATIONS)
+    agents = open_runs(runs, labels, one_env=evaluations)  # returns and sm of two envs can't be compared
     groups = group(agents)
     colours = colours_of(groups)
     figure, axes = plt.subplots(1, len(tags), figsize=(WIDTH, 3.6), squeeze=False)
@@ -311,8 +312,9 @@ def curves(
         elif tag == "losses/lambda_curv":
             axis.set_yscale("log")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    what = "evaluation of the deterministic policy during training" if set(tags) <= set(EVALUATIONS) else "training"
-    figure.suptitle(f"{agents[0].args.env_id}: {what}")
+    what = "evaluation of the deterministic policy during training" if evaluations else "training"
+    envs = dict.fromkeys(agent.args.env_id.rpartition(":")[2] for agent in agents)
+    figure.suptitle(f"{', '.join(envs)}: {what}")
     save(figure, output)
 
 

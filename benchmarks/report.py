@@ -1,7 +1,7 @@
 """The paper's tables from our own runs, its numbers beside them: report.md, runs.csv and figures in --output.
 
-    python benchmarks/report.py runs/sweep --output benchmarks/results/pendulum
-    python benchmarks/report.py runs/sweep benchmarks/results/pendulum/runs.csv --output benchmarks/results/pendulum
+    python benchmarks/report.py runs/sweep --output benchmarks/results/report
+    python benchmarks/report.py runs/sweep benchmarks/results/report/runs.csv --output benchmarks/results/report
 
 An input is a sweep folder, with a cell <env>__<sac|td3>__<method>__<seed>/ for each run, or a runs.csv that an earlier
 report wrote; where both have a run, the folder's counts. Finished runs are evaluated once (evaluation.json beside the

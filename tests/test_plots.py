@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     settings = {"env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "batch_size": 32}
     settings |= {"buffer_size": 1000, "eval_interval": 100, "eval_episodes": 1, "compile": False}
     settings["output_dir"] = str(tmp_path_factory.mktemp("runs"))
-    other = {"env_id": "MountainCarContinuous-v0", "total_timesteps": 101, "eval_episodes": 0}
+    other = {"env_id": "MountainCarContinuous-v0", "total_timesteps": 200, "eval_episodes": 0}
     folders = {
         "base": sac.train(sac.Args(**settings | BASE)),
         "base_2": sac.train(sac.Args(**settings | BASE | {"seed": 2})),
@@ -108,6 +108,13 @@ def test_curves_of_any_tag(runs, figures):
     assert figures[0].axes[0].lines[0].get_ydata().tolist() == [200]
     with pytest.raises(SystemExit, match="2"):
         plot.main(["curves", runs["base"], "--tags", "losses/lambda_curv"])
+
+
+def test_curves_of_a_tag_may_mix_envs(runs, figures):
+    """As for one env in two scales of its rewards."""
+    plot.main(["curves", runs["base"], runs["other"], "--tags", "losses/qf_loss", "--labels", "one", "two"])
+    assert len(figures[0].axes[0].lines) == 2
+    assert figures[0].get_suptitle() == "Pendulum-v1, MountainCarContinuous-v0: training"
 
 
 def test_robustness_starts_without_noise(runs, figures):

@@ -1,5 +1,6 @@
 """benchmarks/sweep.py and caps.py: what is run, what is not run again, and what happens when something goes wrong."""
 
+import csv
 import importlib.metadata
 import json
 import shlex
@@ -158,6 +159,15 @@ def test_grid_and_presets(tmp_path):
     both = cells(grid=file, methods=("pave",), seeds=(1,), flags="--no-compile")
     assert list(both) == ["Pendulum-v1__td3__pave__7", "Hopper-v5__sac__pave__1"]
     assert all("--no-compile" in cell.command for cell in both.values())
+
+
+def test_every_reported_run_is_one_of_results_toml():
+    """With the same flags: who trains that grid gets these runs."""
+    planned = cells(grid=ROOT / "benchmarks/results.toml").values()
+    grid = {cell.about["command"].partition(" --output-dir")[0] for cell in planned}
+    with open(ROOT / "benchmarks/results/report/runs.csv", newline="") as file:
+        reported = {row["command"].partition(" --output-dir")[0] for row in csv.DictReader(file)}
+    assert reported <= grid
 
 
 @pytest.mark.parametrize(
