@@ -242,7 +242,7 @@ def actions(
         trace_axis = figure.add_subplot(grid[i, 0], sharex=trace_axis, sharey=trace_axis)
         trace_axis.plot(played.env_actions[:steps, dimension], color=colours[i], linewidth=1.2)
         sm = run.script.smoothness(played.env_actions)
-        trace_axis.set_title(f"{run.label}: return {played.rewards.sum():.4g}, sm {sm:.3f}", loc="left")
+        trace_axis.set_title(f"{run.label}: return {played.rewards.sum():,.1f}, sm {sm:.3f}", loc="left")
         trace_axis.tick_params(labelbottom=i == len(agents) - 1)
         trace_axis.set_ylabel(f"action {dimension} (env units)")
         frequencies, amplitudes = spectrum(played.env_actions)

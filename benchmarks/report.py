@@ -21,6 +21,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,12 +41,14 @@ PAPER_STEPS = {"Pendulum": 100_000, "LunarLander": 500_000, "Reacher": 500_000} 
 METHODS = ("base", "untuned", "pave", "auto", "caps")  # then ablation-000 to ablation-111: MPR, VFC, Curv on or off
 LOOKS = ("base", "pave", "untuned", "caps", "auto")  # in the order of plot.py's colours and markers
 RESULTS = {"return": ("return_mean", "return_std", ">"), "sm": ("smoothness_mean", "smoothness_std", "<")}  # better
+LABELS = dict(zip(plot.MEANS, (plot.RETURN, plot.SMOOTHNESS), strict=True))
 GEOMETRY = {
     "M_sup": "m_sup",
     "\u03bc": "mu_inf",
     "NegDef": "neg_def",
     "cosine": "cosine_mean",
     "flip rate": "flip_rate",
+    "largest ‖∂π/∂s‖": "actor_jacobian_sup",
     "bound holds": "bound_holds_share",
 }
 PAPER_GEOMETRY = {"M_sup": "m_sup", "NegDef": "neg_def", "cosine": "mean_cosine", "flip rate": "flip_rate"}
@@ -382,7 +385,7 @@ class Group:
 
 
 def aggregate(groups: list[Group]) -> list[str]:
-    """sm relative to base's over the envs that have both; empty if no method has several envs."""
+    """sm relative to base over the envs that have enough seeds of both; empty if no method has several envs."""
     groups = {group.env: group for group in groups}.values()  # of several numbers of steps the largest
     lines = []
     cells = {cell for group in groups for cell in group.runs}
@@ -390,7 +393,7 @@ def aggregate(groups: list[Group]) -> list[str]:
         ratios = {}
         for group in groups:
             ours, base = (column(group.rows((algorithm, name)), "smoothness_mean") for name in (method, "base"))
-            if len(ours) and len(base):
+            if min(len(ours), len(base)) >= FEWEST:
                 ratios[group.env] = ours / base.mean()
         if len(ratios) > 1:
             seeds = ", ".join(f"{env} ({len(values)})" for env, values in ratios.items())
@@ -434,21 +437,23 @@ def draw_tradeoff(axis, group: Group, algorithm: str) -> None:
         axis.errorbar(*map(iqm, measured), errors[1], errors[0], label=method, **style)
     axis.margins(0.12)
     axis.set(xlabel=plot.SMOOTHNESS, ylabel=plot.RETURN)
-    axis.set_xlim(left=0)
+    if axis.collections:
+        axis.set_xlim(0, 1.1 * axis.dataLim.xmax)
 
 
-def draw_noise(axis, group: Group, algorithm: str) -> None:
-    """sm against noise on what the policy sees."""
+def draw_noise(axis, group: Group, algorithm: str, mean: str) -> None:
+    """Return or sm against noise on what the policy sees."""
     levels = (0, *NOISE_LEVELS)
-    names = ("smoothness_mean", *(f"smoothness_mean@{level}" for level in NOISE_LEVELS))
+    names = (mean, *(f"{mean}@{level}" for level in NOISE_LEVELS))
     for method, rows in group.methods(algorithm):
         curves = [curve for curve in ([row[name] for name in names] for row in rows) if None not in curve]
         if curves:
             plot.mean_and_band(axis, levels, np.array(curves), look(method)["color"], method)
             axis.lines[-1].set_label(method)  # how many seeds, which differs between the panels, is in the tables
-    axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=plot.SMOOTHNESS)
+    axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=LABELS[mean])
     axis.set_xticks(levels, [f"{level:g}" for level in levels])
-    axis.set_ylim(bottom=0)
+    if mean == "smoothness_mean":
+        axis.set_ylim(bottom=0)
 
 
 def save(figure, path: Path, text: str) -> str:
@@ -457,13 +462,15 @@ def save(figure, path: Path, text: str) -> str:
     return f"![{text}]({path.name})"
 
 
-def side_by_side(draw: Callable, group: Group, title: str, path: Path) -> str:
-    """A panel for each algorithm, a colour for each method; no figure where there is nothing to draw."""
+def panels(group: Group, title: str, path: Path, *draws: Callable) -> str:
+    """A panel for each algorithm and each of `draws`, a colour for each method; no figure with nothing in it."""
     algorithms = sorted({algorithm for algorithm, _ in group.cells()})
-    width = plot.WIDTH if len(algorithms) > 1 else plot.WIDTH * 0.67
-    figure, axes = plt.subplots(1, len(algorithms), figsize=(width, 4.4), squeeze=False)
+    columns = len(draws) if len(draws) > 1 else len(algorithms)
+    rows = len(algorithms) * len(draws) // columns
+    size = plot.WIDTH if columns > 1 else plot.WIDTH * 0.67, 0.8 + 3.6 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     handles = {}
-    for axis, algorithm in zip(axes[0], algorithms, strict=True):
+    for axis, (algorithm, draw) in zip(axes.flat, itertools.product(algorithms, draws), strict=True):
         draw(axis, group, algorithm)
         axis.set_title(algorithm.upper(), loc="left")
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -472,7 +479,7 @@ def side_by_side(draw: Callable, group: Group, title: str, path: Path) -> str:
         return NONE
     handles = {label: handles[label] for label in sorted(handles, key=method_order)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    figure.suptitle(f"{group.title}: {title}")
+    figure.suptitle(f"{group.title}\n{title}")  # one line is too long for a single panel
     return save(figure, path, title)
 
 
@@ -480,8 +487,7 @@ def ablation(group: Group, path: Path) -> str:
     """Return and sm of the eight combinations: dots are seeds, lines and bars their IQM."""
     algorithms = sorted({algorithm for algorithm, _ in group.cells(ablation=True)})
     figure, axes = plt.subplots(len(algorithms), 2, figsize=(plot.WIDTH, 3.8 * len(algorithms)), squeeze=False)
-    panels = itertools.product(algorithms, zip(plot.MEANS, (plot.RETURN, plot.SMOOTHNESS), strict=True))
-    for axis, (algorithm, (mean, label)) in zip(axes.flat, panels, strict=True):
+    for axis, (algorithm, (mean, label)) in zip(axes.flat, itertools.product(algorithms, LABELS.items()), strict=True):
         for x in range(8):
             values = column(group.rows((algorithm, f"ablation-{x:03b}")), mean)
             if len(values):
@@ -507,19 +513,20 @@ def section(group: Group, folder: Path) -> list[str]:
         title = "return against smoothness (IQM, 95% intervals; dots: seeds)"
         parts += ["### In short", group.short()]
         parts += ["### Return and smoothness", group.results("return"), group.results("sm")]
-        parts += [side_by_side(draw_tradeoff, group, title, Path(f"{path}_tradeoff.png"))]
+        parts += [panels(group, title, Path(f"{path}_tradeoff.png"), draw_tradeoff)]
 
         geometry = {heading: mean_of(name) for heading, name in {"oscillation": "oscillation", **GEOMETRY}.items()}
         for heading, name in PAPER_GEOMETRY.items():
             geometry |= group.quote(f"paper: {heading}", "geometry", name)
         parts += ["### Oscillation and the critic's geometry", group.table(geometry)]
 
-        title = "sm under observation noise (mean, ± one std over seeds)"
+        title = "return and sm under observation noise (mean, ± one std over seeds)"
         parts += ["### Under observation noise of ±k standard deviations"]
         for name, (mean, *_) in RESULTS.items():
             levels = {f"{name}, k = {level}": mean_of(f"{mean}@{level}") for level in NOISE_LEVELS}
             parts += [group.table({f"{name}, k = 0": mean_of(mean)} | levels)]
-        parts += [side_by_side(draw_noise, group, title, Path(f"{path}_noise.png"))]
+        draws = [partial(draw_noise, mean=mean) for mean in LABELS]
+        parts += [panels(group, title, Path(f"{path}_noise.png"), *draws)]
         speed = {"steps/s": mean_of("steps_per_second"), "wall seconds": mean_of("wall_seconds")}
         parts += ["### Speed", group.table(speed)]
     if group.cells(ablation=True):

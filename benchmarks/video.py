@@ -133,7 +133,7 @@ def video(
     pictures, lines = [], []
     for screen, trace, run, played, film, colour in zip(screens, traces, agents, episodes, films, colours, strict=True):
         sm = run.script.smoothness(played.env_actions)
-        screen.set_title(f"{run.label}: return {played.rewards.sum():.4g}, sm {sm:.3f}")
+        screen.set_title(f"{run.label}: return {played.rewards.sum():,.1f}, sm {sm:.3f}")
         screen.set_axis_off()
         pictures.append(screen.imshow(film[0]))
         whole = played.env_actions[:steps, dimension]
