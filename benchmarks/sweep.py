@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --preset paper-td3 --envs Pendulum-v1 --methods base pave caps --jobs 2
     python benchmarks/sweep.py --preset paper-sac --methods ablation --flags "--pave-batch-size 64" --dry-run
-    python benchmarks/sweep.py --grid paper.toml
+    python benchmarks/sweep.py --grid benchmarks/results.toml --only "HalfCheetah|ablation"
 
 Every run is a command that you can copy (--dry-run shows them) and has a folder, its cell: <output-dir>/
 <env>__<sac|td3>__<method>__<seed>/ with the script's run folder, log.txt and, once finished, cell.json. A finished
@@ -103,6 +103,8 @@ class Grid:
 class Args(Grid):
     grid: Path | None = None
     """TOML file with several grids"""
+    only: str = ""
+    """regular expression: only the cells whose folder's name it is found in"""
     output_dir: Path = Path("runs/sweep")
     """where the cells are"""
     jobs: int = -1
@@ -194,6 +196,10 @@ def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, o
 def make_cells(args: Args) -> list[Cell]:
     """Every cell of the grids, once; UserError where they make no sense."""
     cells = {}
+    try:
+        only = re.compile(args.only)
+    except re.error as error:
+        raise UserError(f"--only {args.only} is no regular expression ({error})") from error
     for grid in read_grids(args):
         algorithms = (grid.preset.removeprefix("paper-"),) if grid.preset else grid.scripts or ("sac", "td3")
         if set(grid.scripts) - set(algorithms):
@@ -209,7 +215,10 @@ def make_cells(args: Args) -> list[Cell]:
                 raise UserError(f"two grids want {cell.folder.name} with different flags: use two --output-dir")
     if not cells:
         raise UserError("the grid is empty: give envs, methods and seeds")
-    return list(cells.values())
+    chosen = [cell for cell in cells.values() if only.search(cell.folder.name)]
+    if not chosen:
+        raise UserError(f"--only {args.only} leaves none of {len(cells)} cells, such as {next(iter(cells)).name}")
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------- cells on the disk

@@ -159,6 +159,7 @@ def test_grid_and_presets(tmp_path):
     both = cells(grid=file, methods=("pave",), seeds=(1,), flags="--no-compile")
     assert list(both) == ["Pendulum-v1__td3__pave__7", "Hopper-v5__sac__pave__1"]
     assert all("--no-compile" in cell.command for cell in both.values())
+    assert list(cells(grid=file, only="Hopper.*__5$", methods=("pave",))) == ["Hopper-v5__sac__pave__5"]
 
 
 def test_every_reported_run_is_one_of_results_toml():
@@ -179,6 +180,8 @@ def test_every_reported_run_is_one_of_results_toml():
         ({"flags": "--no-such-flag 3"}, "no-such-flag"),
         ({"flags": "--gamma 3"}, "gamma is 3"),
         ({"seeds": ()}, "empty"),
+        ({"only": "Walker"}, "leaves none of 20 cells, such as Pendulum-v1__sac__base__1"),
+        ({"only": "("}, "--only . is no regular expression"),
         ({"grid": "[[grid]]\nseeds = ['x']"}, "seeds"),
         ({"grid": "grid = 3"}, "no TOML file"),
         ({"grid": "[[grid]]\n[[grid]]\nflags = '--tau 0.1'"}, "two grids want"),
