@@ -530,7 +530,10 @@ class Agent(nn.Module):
         return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in twins[0]}
 
     def tune_curvature(self, metrics: dict) -> None:
-        """lambda_curv grows while fewer samples than --target-concavity have v^T H v < -delta (dual ascent)."""
+        """Dual ascent: lambda_curv grows while fewer samples than --target-concavity have v^T H v < -delta.
+
+        Its unit and delta's, gradient_scale, is a running mean of the root mean square entry of grad_a Q.
+        """
         shortfall = self.args.target_concavity - metrics["geometry/margin_fraction"]
         self.log_lambda_curv.add_(0.006 * shortfall).clamp_(*map(math.log, LAMBDA_CURV_BOUNDS))
         self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
