@@ -2,6 +2,7 @@
 
 import math
 
+import gymnasium as gym
 import pytest
 import torch
 
@@ -104,3 +105,17 @@ def test_the_margin_asks_for_a_top_no_farther_away_than_the_box_is_wide(script, 
 
     assert [margin_fraction(h, away=1.9) for h in (0.01, 1.0, 100.0)] == [1, 1, 1]
     assert [margin_fraction(h, away=2.1) for h in (0.01, 1.0, 100.0)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name, factor", [("x0.1", 0.1), ("x10", 10.0)])
+def test_the_scaled_envs_are_pendulum_but_for_the_rewards(name, factor):
+    plain, scaled = gym.make("Pendulum-v1"), gym.make(f"benchmarks.scaled_rewards:Pendulum-{name}-v1")
+    assert (plain.reset(seed=1)[0] == scaled.reset(seed=1)[0]).all()
+    plain.action_space.seed(1)
+    truncated = False
+    while not truncated:
+        action = plain.action_space.sample()
+        observation, reward, _, truncated, _ = plain.step(action)
+        scaled_observation, scaled_reward, _, scaled_truncated, _ = scaled.step(action)
+        assert (observation == scaled_observation).all() and truncated == scaled_truncated
+        assert scaled_reward == pytest.approx(factor * reward)
