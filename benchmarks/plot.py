@@ -57,7 +57,10 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 
 
 def open_runs(paths: Paths, labels: Labels = (), one_env: bool = True) -> list[Run]:
-    """Load the runs under these labels, or their own; UserError where they can't share a figure."""
+    """Load the runs under these labels, or their own; UserError where they can't share a figure.
+
+    one_env: refuse runs on different envs
+    """
     if not paths:
         raise UserError("give at least one run folder")
     if labels and len(labels) != len(paths):
