@@ -281,7 +281,8 @@ def circumstances() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
     gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()[:1]
-    machine = ", ".join([model[1] if model else platform.machine(), f"{os.cpu_count()} cores", *gpu])
+    preload = [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
+    machine = ", ".join([model[1] if model else platform.machine(), f"{os.cpu_count()} cores", *gpu, *preload])
     commit = output("git", "-C", ROOT, "rev-parse", "HEAD")
     commit += "-dirty" if output("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no") else ""
     return {"machine": machine, "torch": importlib.metadata.version("torch"), "commit": commit or None}
