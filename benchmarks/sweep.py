@@ -373,14 +373,21 @@ def main(args: Args) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     running = args.output_dir.resolve() / f".running-{platform.node()}-{os.getpid()}"  # removed to stop all trainings
     outcomes, tasks = {}, []
+
+    def ended(name: str, outcome: str, detail: str) -> None:
+        outcomes[name] = outcome
+        if outcome != "stopped":
+            tqdm.write(f"{outcome:8} {name}  {detail}")
+
     for cell, state in zip(cells, states, strict=True):
         if state.kind in ("new", "resume"):
             tasks.append(delayed(run_cell)(cell, state, args.threads, running, os.getpid()))
-        else:
-            finished = state.kind == "finished"
-            outcomes[cell.folder.name] = ("skipped", "already finished") if finished else ("failed", state.problem)
-            if finished and read_json(cell.folder / "cell.json").get("steps") != state.step:
+        elif state.kind == "finished":
+            if read_json(cell.folder / "cell.json").get("steps") != state.step:
                 write_cell(cell)  # a sweep was killed before it could, or there was none
+            ended(cell.folder.name, "skipped", "already finished")
+        else:
+            ended(cell.folder.name, "failed", state.problem)
 
     bar = tqdm(total=len(cells), initial=len(outcomes), unit="run", disable=None)
 
@@ -398,24 +405,22 @@ def main(args: Args) -> None:
         results = Parallel(args.jobs, backend=args.backend, **options)(task for task in tasks if running.exists())
         for signum in STOP_SIGNALS:
             signal.signal(signum, stop)
-        for name, outcome, detail in results:
-            outcomes[name] = (outcome, detail)
-            if outcome != "stopped":
-                tqdm.write(f"{outcome}: {name} {detail}")
+        for result in results:
+            ended(*result)
             bar.update()
     finally:
         running.unlink(missing_ok=True)
         bar.close()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    words = [outcomes.get(cell.folder.name, ("stopped",))[0] for cell in cells]
+    words = [outcomes.get(cell.folder.name, "stopped") for cell in cells]
+    finished = sum(word in ("done", "skipped") for word in words)
     if "stopped" in words:
-        finished = sum(word in ("done", "skipped") for word in words)
         print(f"stopped, {finished} of {len(cells)} runs are finished; the same command goes on")
         sys.exit(130)
-    for cell in cells:
-        print(f"{outcomes[cell.folder.name][0]:8} {cell.folder.name}  {outcomes[cell.folder.name][1]}")
-    if "failed" in words:
+    failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
+    print(f"{finished} of {len(cells)} runs are finished" + (f"; these failed: {', '.join(failed)}" if failed else ""))
+    if failed:
         sys.exit(1)
 
 
