@@ -829,6 +829,8 @@ def train(args: Args) -> Path:
             tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
             raise SystemExit(128 + stop_signal)
         summary = {"algorithm": SCRIPT} | {name: getattr(args, name) for name in ("env_id", *LAMBDAS, "seed")}
+        if args.autotune_curv:
+            summary["lambda_curv"] = (agent.log_lambda_curv.exp() * agent.gradient_scale).item()  # as found
         summary |= {"steps": step, "steps_per_second": (step - start) / (time.time() - began)} | evaluation
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         tqdm.write(f"done: {run_dir}")

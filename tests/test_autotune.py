@@ -1,5 +1,6 @@
 """--autotune-curv: lambda_curv finds itself, in units that the reward's scale drops out of."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -83,6 +84,13 @@ def test_it_starts_from_the_untuned_lambdas_also_where_the_paper_has_tuned_ones(
     args = script.validate(script.Args(env_id="Pendulum-v1", autotune_curv=True, lambda_vfc=0.3))
     assert (args.lambda_mpr, args.lambda_vfc, args.lambda_curv) == (0.1, 0.3, 0.01)
     assert tuned_agent(script, lambda_mpr=0.0, lambda_vfc=0.0).use_pave
+
+
+def test_the_summary_tells_the_lambda_found(script, small_args):
+    run_dir = script.train(small_args(autotune_curv=True, eval_episodes=0, total_timesteps=120))
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    found = json.loads((run_dir / "summary.json").read_text())["lambda_curv"]
+    assert found == pytest.approx((saved["log_lambda_curv"].exp() * saved["gradient_scale"]).item())
 
 
 def test_without_it_there_is_no_trace_of_it(script):
