@@ -33,6 +33,7 @@ WIDTH = 9.0  # inches: shown 900 px wide, 10 pt is 14 px
 STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (observation, normalised action) and points
 MEANS = ("return_mean", "smoothness_mean")  # keys of evaluation.json and summary.json
 RETURN, SMOOTHNESS = "return per episode\n(higher is better)", "sm in env action units\n(lower is smoother)"
+OSCILLATION = "oscillation in env action units\n(lower is smoother)"
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -289,11 +290,15 @@ def mean_and_band(axis, x, values: np.ndarray, colour: str, label: str) -> None:
 
 
 Tags = Annotated[tuple[str, ...], tyro.conf.arg(help="TensorBoard curves, such as losses/lambda_curv, a panel each")]
-EVALUATIONS = {"eval/return": RETURN, "eval/smoothness": SMOOTHNESS}
+EVALUATIONS = {"eval/return": RETURN, "eval/smoothness": SMOOTHNESS, "eval/oscillation": OSCILLATION}
 
 
 def curves(
-    runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(EVALUATIONS)
+    runs: Paths,
+    /,
+    labels: Labels = (),
+    output: Output = Path("curves.png"),
+    tags: Tags = ("eval/return", "eval/smoothness"),
 ) -> None:
     """Learning curves, of the evaluations or else of --tags: mean over the seeds of each label, band of +-1 std."""
     evaluations = set(tags) <= set(EVALUATIONS)
@@ -310,7 +315,7 @@ def curves(
             mean_and_band(axis, steps, np.array([[curve[step] for step in steps] for curve in read]), colour, label)
         axis.set(xlabel="environment steps", ylabel=EVALUATIONS.get(tag, tag))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if tag == "eval/smoothness":
+        if tag in ("eval/smoothness", "eval/oscillation"):
             axis.set_ylim(bottom=0)
         elif tag == "losses/lambda_curv":
             axis.set_yscale("log")

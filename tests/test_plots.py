@@ -103,7 +103,7 @@ def test_curves_of_any_tag(runs, figures):
     assert [axis.get_ylabel() for axis in figures[0].axes] == [
         "charts/episodic_length",
         plot.SMOOTHNESS,
-        "eval/oscillation",
+        plot.OSCILLATION,
     ]
     assert figures[0].axes[0].lines[0].get_ydata().tolist() == [200]
     with pytest.raises(SystemExit, match="2"):
