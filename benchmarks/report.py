@@ -504,6 +504,20 @@ def ablation(group: Group, path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------- report
 
 
+def details(group: Group, ablation: bool = False) -> list[str]:
+    """Oscillation and the critic's geometry, then return and sm under noise."""
+    geometry = {heading: mean_of(name) for heading, name in {"oscillation": "oscillation", **GEOMETRY}.items()}
+    if not ablation:
+        for heading, name in PAPER_GEOMETRY.items():
+            geometry |= group.quote(f"paper: {heading}", "geometry", name)
+    parts = ["### Oscillation and the critic's geometry", group.table(geometry, ablation)]
+    parts += ["### Under observation noise of ±k standard deviations"]
+    for name, (mean, *_) in RESULTS.items():
+        levels = {f"{name}, k = {level}": mean_of(f"{mean}@{level}") for level in NOISE_LEVELS}
+        parts += [group.table({f"{name}, k = 0": mean_of(mean)} | levels, ablation)]
+    return parts
+
+
 def section(group: Group, folder: Path) -> list[str]:
     """All tables and figures of a group."""
     parts, path = [f"## {group.title}"], str(folder / group.file)
@@ -512,17 +526,8 @@ def section(group: Group, folder: Path) -> list[str]:
         parts += ["### In short", group.short()]
         parts += ["### Return and smoothness", group.results("return"), group.results("sm")]
         parts += [panels(group, title, Path(f"{path}_tradeoff.png"), draw_tradeoff)]
-
-        geometry = {heading: mean_of(name) for heading, name in {"oscillation": "oscillation", **GEOMETRY}.items()}
-        for heading, name in PAPER_GEOMETRY.items():
-            geometry |= group.quote(f"paper: {heading}", "geometry", name)
-        parts += ["### Oscillation and the critic's geometry", group.table(geometry)]
-
+        parts += details(group)
         title = "return and sm under observation noise (mean, ± one std over seeds)"
-        parts += ["### Under observation noise of ±k standard deviations"]
-        for name, (mean, *_) in RESULTS.items():
-            levels = {f"{name}, k = {level}": mean_of(f"{mean}@{level}") for level in NOISE_LEVELS}
-            parts += [group.table({f"{name}, k = 0": mean_of(mean)} | levels)]
         draws = [partial(draw_noise, mean=mean) for mean in LABELS]
         parts += [panels(group, title, Path(f"{path}_noise.png"), *draws)]
         speed = {"steps/s": mean_of("steps_per_second"), "wall seconds": mean_of("wall_seconds")}
@@ -530,7 +535,7 @@ def section(group: Group, folder: Path) -> list[str]:
     if group.cells(ablation=True):
         parts += ["### Ablation", "The digits stand for MPR, VFC and Curv, 1 where the loss is on."]
         parts += [group.results("return", True), group.results("sm", True)]
-        parts += [ablation(group, Path(f"{path}_ablation.png"))]
+        parts += [ablation(group, Path(f"{path}_ablation.png")), *details(group, True)]
     return parts
 
 
