@@ -7,8 +7,8 @@ trains with --autotune-curv (lambda_curv finds itself) and, besides, multiplies 
     m += 0.001 clip(osc / target - 1, -1, 1),  osc = mean |pi(s') - pi(s)| on the minibatch, e^m in [0.01, 300]
 
 osc and the target are in the env's own action units, as oscillation in summary.json. Takes every flag of the script but
---resume, and logs losses/lambda_factor and geometry/oscillation. Not in the scripts: see README.md here for what came
-out.
+--resume, and logs losses/lambda_factor and geometry/oscillation. Whether it earns a place in the scripts is still to be
+measured.
 """
 
 import math
