@@ -308,6 +308,9 @@ def test_ablation(tmp_path):
     assert seeds["ablation-111"] == "0 of 3"
     assert told["TD3", "ablation-011"]["paper, 1,000,000 steps"] == "1.918"
     assert (tmp_path / "out" / "Walker2d-v5_100000_ablation.png").is_file()
+    for heading in ("M_sup", "return, k = 0.1", "sm, k = 0.1"):
+        told = lines_of(text[text.index("### Ablation") :], heading)
+        assert len(told) == 8 and told["TD3", "ablation-011"][heading].startswith("0.500")
 
 
 def test_commands_are_told_once(tmp_path):
