@@ -250,6 +250,7 @@ def check_a_sweep_with_a_failure(folder, *flags):
     assert "Traceback" not in result.stderr
     (failed,) = [line for line in result.stdout.splitlines() if line.startswith("failed ")]
     assert "NoSuch-v0__td3__caps__1" in failed and "cannot make --env-id" in failed and "log.txt" in failed
+    assert result.stdout.splitlines()[-1] == "1 of 2 runs are finished; these failed: NoSuch-v0__td3__caps__1"
     cell = folder / "Pendulum-v1__td3__caps__1"
     about = json.loads((cell / "cell.json").read_text())
     assert (about["algorithm"], about["method"], about["env_id"], about["seed"]) == ("td3", "caps", "Pendulum-v1", 1)
