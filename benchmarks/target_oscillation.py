@@ -64,6 +64,7 @@ def train(script, args, target: float) -> Path:
             return metrics | {"losses/lambda_factor": log_factor.exp()[0], "geometry/oscillation": oscillation}
 
     with mock.patch.multiple(script, Agent=TargetAgent, pave_losses=pave_losses):
+        # cudagraphs: a step of m outside of what the tests record has never been run as a graph
         return script.train(replace(args, autotune_curv=True, cudagraphs=False))
 
 

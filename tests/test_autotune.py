@@ -163,3 +163,12 @@ def test_the_target_steers_the_weight_of_mpr_and_vfc(script, monkeypatch, target
     plain_losses = script.pave_losses
     monkeypatch.setattr(script, "train", train)
     target_oscillation.train(script, script.Args(env_id="Pendulum-v1", batch_size=ROWS), target)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "message"),
+    [(0.0, {}, "--target-oscillation is 0.0"), (math.inf, {}, "positive"), (0.1, {"resume": "x"}, "start a new run")],
+)
+def test_a_target_that_makes_no_sense_is_refused(script, target, changes, message):
+    with pytest.raises(target_oscillation.UserError, match=message):
+        target_oscillation.train(script, script.Args(env_id="Pendulum-v1", **changes), target)
