@@ -62,6 +62,7 @@ TUNED_LAMBDAS = {
     "Walker2d": (0.1, 0.1, 0.01),
 }
 UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
+AUTOTUNE_LAMBDAS = (0.1, 0.0005, 0.01)  # with --autotune-curv, on every env: the third is where lambda_curv starts
 LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: where a target that can't be met ends
 LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
 
@@ -110,7 +111,7 @@ class Args:
     """margin delta by which Curv wants v^T H v below zero"""
     autotune_curv: bool = False
     """tune lambda_curv towards --target-concavity from --lambda-curv; both it and --curv-delta are then relative to
-    the critic's action gradient, and None lambdas are the untuned ones"""
+    the critic's action gradient, and None lambdas are 0.1, 0.0005, 0.01"""
     target_concavity: float = 0.95
     """share of the samples that --autotune-curv wants to have v^T H v below -delta"""
     pave_batch_size: int | None = None
@@ -142,9 +143,9 @@ class UserError(Exception):
 
 def validate(args: Args) -> Args:
     """Return args with each None lambda looked up for this env; UserError on a setting that makes no sense."""
-    tuned = {} if args.autotune_curv else TUNED_LAMBDAS
-    defaults = dict(zip(LAMBDAS, tuned.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS), strict=True))
-    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+    tuned = TUNED_LAMBDAS.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS)
+    lambdas = dict(zip(LAMBDAS, AUTOTUNE_LAMBDAS if args.autotune_curv else tuned, strict=True))
+    args = replace(args, **{name: value for name, value in lambdas.items() if getattr(args, name) is None})
     rules = {
         "total_timesteps learning_starts batch_size policy_frequency": (lambda x: x >= 1, "at least 1"),
         "eval_interval checkpoint_interval": (lambda x: x >= 1, "at least 1"),

@@ -14,7 +14,7 @@ Methods:
     base          plain SAC / TD3, all lambdas 0
     pave          the lambdas that the script takes for the env, or those in --flags
     untuned       0.1, 0.1, 0.01, where the paper's search starts
-    auto          --autotune-curv, from the same start
+    auto          --autotune-curv: 0.1, 0.0005, and lambda_curv finds itself
     caps          benchmarks/caps.py, the policy-side rival
     ablation-ijk  i, j, k = 1 keeps pave's lambda of MPR, VFC, Curv, 0 drops it; `ablation` is all eight
 

@@ -80,9 +80,11 @@ def test_lambda_rises_while_too_few_samples_are_concave_and_stays_in_its_bounds(
     assert after(1.0, 20_000) == pytest.approx(1e-4)
 
 
-def test_it_starts_from_the_untuned_lambdas_also_where_the_paper_has_tuned_ones(script):
-    args = script.validate(script.Args(env_id="Pendulum-v1", autotune_curv=True, lambda_vfc=0.3))
-    assert (args.lambda_mpr, args.lambda_vfc, args.lambda_curv) == (0.1, 0.3, 0.01)
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Unheard-v0"])
+def test_its_lambdas_are_the_same_on_every_env(script, env_id):
+    args = script.validate(script.Args(env_id=env_id, autotune_curv=True))
+    assert (args.lambda_mpr, args.lambda_vfc, args.lambda_curv) == (0.1, 0.0005, 0.01)
+    assert script.validate(script.Args(env_id=env_id, autotune_curv=True, lambda_vfc=0.3)).lambda_vfc == 0.3
     assert tuned_agent(script, lambda_mpr=0.0, lambda_vfc=0.0).use_pave
 
 
