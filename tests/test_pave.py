@@ -199,6 +199,10 @@ def test_smoothness_by_the_sum_it_is_defined_as(script):
     assert script.smoothness(actions) == pytest.approx(total, rel=1e-12)
 
 
+def test_smoothness_leaves_out_what_alternates_from_step_to_step(script):
+    assert script.smoothness(np.cos(np.pi * np.arange(200))) == pytest.approx(0.0, abs=1e-12)  # k = T/2 is not < T/2
+
+
 @pytest.mark.parametrize("actions", [[], [1.0], [[0.3, 0.2]]])
 def test_smoothness_of_less_than_two_steps_is_zero(script, actions):
     assert script.smoothness(np.array(actions)) == 0.0
