@@ -2,13 +2,11 @@
 
 import json
 import math
-from dataclasses import replace
 
 import gymnasium as gym
 import pytest
 import torch
 
-from benchmarks import target_oscillation
 from tests.test_agent import ROWS, STATES, make_agent, make_batch
 
 
@@ -131,46 +129,3 @@ def test_the_scaled_envs_are_pendulum_but_for_the_rewards(name, factor):
         scaled_observation, scaled_reward, _, scaled_truncated, _ = scaled.step(action)
         assert (observation == scaled_observation).all() and truncated == scaled_truncated
         assert scaled_reward == pytest.approx(factor * reward)
-
-
-# -------------------------------------------------------------- the experiment benchmarks/target_oscillation.py
-
-
-@pytest.mark.parametrize("target, direction", [(1e-6, 1), (1e6, -1)])
-def test_the_target_steers_the_weight_of_mpr_and_vfc(script, monkeypatch, target, direction):
-    monkeypatch.setattr(target_oscillation, "RATE", 0.5)
-    torch.manual_seed(2)
-    batch = torch.randn(ROWS, 3), torch.randn(ROWS, 3), torch.rand(ROWS, 1) * 2 - 1, torch.randn(ROWS), torch.ones(ROWS)
-
-    def train(args):
-        args, weights = script.validate(replace(args, compile=False)), []
-        for traced in (False, True):  # a factor that a compiled update took for a constant would not move with m
-            torch.manual_seed(0)
-            agent = script.Agent(3, 1, args, torch.device("cpu"))
-            if traced:
-                agent.update_critics = torch.compile(agent.update_critics, backend="eager", fullgraph=True)
-            factors = [agent.update(batch, True)["losses/lambda_factor"].item() for _ in range(20)]
-            assert factors[:2] == pytest.approx([math.exp(0.5 * direction), math.exp(direction)])
-            assert factors[-1] == pytest.approx(300.0 if direction > 0 else 0.01)
-            weights.append(torch.nn.utils.parameters_to_vector(agent.critics.parameters()))
-        torch.testing.assert_close(*weights)
-        s, _, a, _, _ = batch
-        noise = torch.randn(ROWS, 1), 0.01 * torch.randn_like(s), script.rademacher_like(a)
-        loss = agent.critic_loss(batch, *noise)[0]
-        agent.args = replace(args, lambda_mpr=factors[-1] * args.lambda_mpr, lambda_vfc=factors[-1] * args.lambda_vfc)
-        with monkeypatch.context() as context:
-            context.setattr(script, "pave_losses", plain_losses)
-            torch.testing.assert_close(agent.critic_loss(batch, *noise)[0], loss)
-
-    plain_losses = script.pave_losses
-    monkeypatch.setattr(script, "train", train)
-    target_oscillation.train(script, script.Args(env_id="Pendulum-v1", batch_size=ROWS), target)
-
-
-@pytest.mark.parametrize(
-    ("target", "changes", "message"),
-    [(0.0, {}, "--target-oscillation is 0.0"), (math.inf, {}, "positive"), (0.1, {"resume": "x"}, "start a new run")],
-)
-def test_a_target_that_makes_no_sense_is_refused(script, target, changes, message):
-    with pytest.raises(target_oscillation.UserError, match=message):
-        target_oscillation.train(script, script.Args(env_id="Pendulum-v1", **changes), target)
