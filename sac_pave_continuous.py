@@ -63,8 +63,8 @@ TUNED_LAMBDAS = {
     "HalfCheetah": (0.1, 0.1, 0.3),  # ours (README)
 }
 UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
-AUTOTUNE_LAMBDAS = (0.1, 0.0005, 0.01)  # with --autotune-curv, on every env: the third is where lambda_curv starts
-LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: where a target that can't be met ends
+AUTOTUNE_LAMBDAS = (0.1, 0.0005, 0.01)  # with --autotune-curv: the paper's two for SAC on Ant, and lambda_curv's start
+LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: it ends at the upper one if the target can't be met
 LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
 
 
@@ -110,7 +110,7 @@ class Args:
     """margin delta by which Curv wants v^T H v below zero"""
     autotune_curv: bool = False
     """tune lambda_curv towards --target-concavity from --lambda-curv; both it and --curv-delta are then relative to
-    the critic's action gradient, and None lambdas are 0.1, 0.0005, 0.01"""
+    the critic's action gradient, and lambdas that are not given are 0.1, 0.0005, 0.01"""
     target_concavity: float = 0.95
     """share of the samples that --autotune-curv wants to have v^T H v below -delta"""
     pave_batch_size: int | None = None
