@@ -324,7 +324,8 @@ def run_cell(cell: Cell, state: State, threads: int, running: Path, sweep_pid: i
                 process.terminate()
             code, seconds = process.wait(), round(time.time() - began, 1)
         if code == 0:
-            write_cell(cell, wall_seconds=seconds, resumed_from=state.step, **seen)
+            wall_seconds = None if state.step else seconds  # of a resumed run this is but a part
+            write_cell(cell, wall_seconds=wall_seconds, resumed_from=state.step, **seen)
             return name, "done", f"{cell.about['steps'] - state.step:,} steps in {seconds:,.0f} s"
         if not running.exists():
             return name, "stopped", ""

@@ -287,7 +287,8 @@ def test_stopped_by_sigterm_it_saves_and_goes_on(tmp_path, capsys):
     sweep.main(sweep.Args(("td3",), jobs=1, **more))
     assert "done     Pendulum-v1__td3__base__1  20 steps" in capsys.readouterr().out
     assert load_run(run.path).step == run.step + 20
-    assert json.loads((cell / "cell.json").read_text())["resumed_from"] == run.step
+    about = json.loads((cell / "cell.json").read_text())
+    assert (about["resumed_from"], about["wall_seconds"]) == (run.step, None)
 
 
 def test_the_same_on_a_ray_cluster_of_two_nodes(tmp_path):
