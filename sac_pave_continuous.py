@@ -103,14 +103,14 @@ class Args:
     lambda_vfc: float | None = None
     """weight of VFC; None: the tuned value for this env, or 0.1"""
     lambda_curv: float | None = None
-    """weight of Curv; None: the tuned value for this env, or 0.01"""
+    """weight of Curv, or where --autotune-curv starts; None: the tuned value for this env, or 0.01"""
     mpr_sigma: float = 0.01
     """standard deviation of MPR's noise, in the observation's own units"""
     curv_delta: float = 1.0
     """margin delta by which Curv wants v^T H v below zero"""
     autotune_curv: bool = False
-    """tune lambda_curv towards --target-concavity from --lambda-curv; both it and --curv-delta are then relative to
-    the critic's action gradient, and lambdas that are not given are 0.1, 0.0005, 0.01"""
+    """tune lambda_curv towards --target-concavity from --lambda-curv; it and --curv-delta are then in units of the
+    critic's action gradient (delta: times d_a/2), and lambdas that are not given are 0.1, 0.0005, 0.01"""
     target_concavity: float = 0.95
     """share of the samples that --autotune-curv wants to have v^T H v below -delta"""
     pave_batch_size: int | None = None
@@ -705,7 +705,12 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) 
         agent.load_state_dict(checkpoint["agent"])
         buffer.rows[: len(rows)] = rows
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"--resume does not fit this env and script: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            "--resume does not fit this env and script, or an --autotune flag differs from the run's: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    if args.autotune_curv and args.lambda_curv != checkpoint["args"]["lambda_curv"]:
+        agent.log_lambda_curv.fill_(math.log(args.lambda_curv))  # a new --lambda-curv is a new start
     buffer.size.fill_(len(rows))
     full = len(rows) == args.buffer_size
     buffer.position = checkpoint["buffer_position"] % len(rows) if full else len(rows)

@@ -93,6 +93,19 @@ def test_the_summary_tells_the_lambda_found(script, small_args):
     assert found == pytest.approx((saved["log_lambda_curv"].exp() * saved["gradient_scale"]).item())
 
 
+def test_a_resumed_run_goes_on_from_its_own_lambda_or_from_a_new_one(script, small_args):
+    args = {"autotune_curv": True, "eval_episodes": 0}
+    path = script.train(small_args(total_timesteps=120, **args)) / "checkpoint.pt"
+    found = torch.load(path, weights_only=True)["agent"]["log_lambda_curv"].exp().item()
+    assert found != pytest.approx(0.01, rel=1e-4)
+    for steps, changes, start in ((121, {}, found), (122, {"lambda_curv": 5.0}, 5.0)):
+        script.train(small_args(total_timesteps=steps, resume=str(path), **args, **changes))
+        after = torch.load(path, weights_only=True)["agent"]["log_lambda_curv"].exp().item()
+        assert after == pytest.approx(start, rel=0.006)  # an update at most
+    with pytest.raises(script.UserError, match="an --autotune flag differs"):
+        script.train(small_args(total_timesteps=130, resume=str(path), autotune_curv=False))
+
+
 def test_without_it_there_is_no_trace_of_it(script):
     agent = make_agent(script, lambda_curv=1.0)
     assert not [name for name in agent.state_dict() if "lambda" in name or "scale" in name]

@@ -120,15 +120,29 @@ def test_the_formula_map_of_the_readme_points_at_real_functions(script):
         assert f"`{name}" in (ROOT / "README.md").read_text()
 
 
-def test_the_worked_example_of_the_readme_runs(script):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def patched(text, diff):
+    """The text with each hunk's old lines (" ", "-") replaced by its new ones (" ", "+")."""
+    for hunk in diff.strip("\n").split("\n\n"):
+        old, new = ("\n".join(line[1:] for line in hunk.splitlines() if line[0] in signs) for signs in (" -", " +"))
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize("autotune_curv", [False, True])
+def test_the_worked_example_of_the_readme_runs(script, autotune_curv):
+    readme = (ROOT / "README.md").read_text()
+    (example,), (diff,) = (re.findall(rf"```{kind}\n(.*?)```", readme, flags=re.S) for kind in ("python", "diff"))
     assert "PAVE" in example
     block = (ROOT / f"{script.__name__}.py").read_text().split("PAVE: paste from here to the next dashed line\n")[1]
     pasted = example.replace("# <the PAVE block>", block.split("\n# -----")[0])
     assert pasted != example
+    pasted = patched(pasted, diff) if autotune_curv else pasted
     namespace = {}
     exec(compile(re.sub(r"TOTAL_TIMESTEPS = [\d_]+", "TOTAL_TIMESTEPS = 300", pasted), "README.md", "exec"), namespace)
     assert all(p.isfinite().all() for p in namespace["critics"].parameters())
+    if autotune_curv:
+        assert namespace["g"] > 0 and namespace["log_lambda"].exp() != pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "pyproject.toml", ".ci/run", "requirements.txt"])
