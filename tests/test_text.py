@@ -1,6 +1,7 @@
 """What must stay true of the text: shared code is the same letter for letter, and the README's words hold."""
 
 import ast
+import csv
 import re
 import shlex
 import sys
@@ -9,6 +10,8 @@ import tomllib
 import pytest
 import tyro
 from conftest import ROOT, SCRIPTS
+
+from benchmarks.report import iqm, number
 
 # Where SAC and TD3 differ; everything else that the two scripts define must be the same text.
 DIFFERENT = {
@@ -159,3 +162,20 @@ def test_results_in_the_readme_are_those_of_the_reports():
         assert len(tables) == report.read_text().count("### In short") > 0
         for table in tables:
             assert table in (ROOT / "README.md").read_text(), report
+
+
+def test_what_autotune_curv_gives_is_what_the_report_has():
+    """The README's table over the envs: IQMs of return and sm, of each env's longest runs."""
+    with open(ROOT / "benchmarks/results/report/runs.csv", newline="") as file:
+        reported = [row for row in csv.DictReader(file) if not row["method"].startswith("ablation-")]
+    section = (ROOT / "README.md").read_text().split("**What it gives.**")[1].split("\n\n")[1]
+    lines = section.replace("\u2212", "-").replace("**", "").replace(" (ours)", "").splitlines()[2:]
+    assert len(lines) > 5
+    for line in lines:
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        env_id, algorithm = re.search(r"[\w-]+-v\d", title)[0], "td3" if "TD3" in title else "sac"
+        rows = [row for row in reported if (row["env_id"], row["algorithm"]) == (env_id, algorithm)]
+        for method, cell in zip(("base", "untuned", "pave", "auto"), cells[:4], strict=True):
+            runs = [row for row in rows if row["method"] == method]
+            values = ([float(run[name]) for run in runs] for name in ("return_mean", "smoothness_mean"))
+            assert cell == (", ".join(number(iqm(column)) for column in values) if runs else "\u2013"), (line, method)
