@@ -1,13 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "torch>=2.13.0",
-#   "gymnasium[mujoco]>=1.0.0",
-#   "mujoco>=3.2.0",
-#   "tyro>=1.0.0",
-#   "tensorboard>=2.18.0",
-#   "tqdm>=4.66.0",
-# ]
+# dependencies = ["torch>=2.13.0", "gymnasium[mujoco]>=1.0.0", "mujoco>=3.2.0", "tyro>=1.0.0", "tensorboard>=2.18.0",
+#   "tqdm>=4.66.0"]
 # ///
 """TD3 + PAVE: smooth policies by shaping the critic (arXiv 2601.22970); the actor's loss stays plain TD3.
 
@@ -21,10 +15,11 @@ three losses to each critic: two make M small, the third keeps mu away from zero
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Run it, or its plain algorithm, in which no PAVE code runs:
+MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a for small sigma; VFC sees d2Q/dsda along the motion s' - s. Alone, both are
+least for a Q that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
-    python td3_pave_continuous.py --env-id HalfCheetah-v5 --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0
+    python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3: no PAVE code runs
 """
 
 import copy
@@ -35,7 +30,6 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,101 +38,71 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the update
+MAX_EPISODE_STEPS = 10_000  # of an env that has no time limit of its own
+DIVERGED = "training diverged, lower --q-lr or the lambdas"
 
 # The paper's tuned (lambda_mpr, lambda_vfc, lambda_curv) for TD3; any other env starts where the paper's search does.
 TUNED_LAMBDAS = {
-    "LunarLanderContinuous": (0.1, 0.1, 0.01),
-    "Pendulum": (2.0, 0.005, 2.0),
-    "Reacher": (0.1, 0.1, 0.01),
-    "Ant": (0.1, 0.005, 0.5),
-    "Humanoid": (0.1, 0.005, 0.5),
-    "Hopper": (0.1, 0.005, 0.5),
+    "LunarLanderContinuous": (0.1, 0.1, 0.01), "Pendulum": (2.0, 0.005, 2.0), "Reacher": (0.1, 0.1, 0.01),
+    "Ant": (0.1, 0.005, 0.5), "Humanoid": (0.1, 0.005, 0.5), "Hopper": (0.1, 0.005, 0.5),
     "Walker2d": (0.1, 0.1, 0.01),
-}
+}  # fmt: skip
 UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
-AUTOTUNE_LAMBDAS = (0.1, 0.0005, 0.01)  # with --autotune-curv: the paper's two for SAC on Ant, and lambda_curv's start
-LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of --autotune-curv: it ends at the upper one if the target can't be met
 LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
+# --autotune-curv (ours): the paper's first two lambdas for SAC on Ant, and where lambda_curv starts and can end
+AUTOTUNE_LAMBDAS, LAMBDA_CURV_BOUNDS = (0.1, 0.0005, 0.01), (1e-4, 100.0)
 
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v5"
-    """Gymnasium id of an env with a vector observation and a bounded continuous action"""
-    seed: int = 1
-    """seed of the networks, the noise, the replay and the env"""
-    total_timesteps: int = 1_000_000
-    """env steps; after --learning-starts, an update each"""
-    learning_starts: int = 10_000
-    """steps of uniformly random actions before the first update"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    batch_size: int = 256
-    """transitions in a minibatch"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """step of the target networks towards the critics, each update"""
-    policy_lr: float = 1e-3
-    """learning rate of the actor"""
-    q_lr: float = 1e-3
-    """learning rate of the critics"""
+    env_id: str = "HalfCheetah-v5"  # Gymnasium env with bounded continuous actions; module:Env-v0 imports the module
+    seed: int = 1  # of the networks, the noise, the replay and the env
+    total_timesteps: int = 1_000_000  # env steps; after --learning-starts, an update each
+    learning_starts: int = 10_000  # steps of uniformly random actions before the first update
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    batch_size: int = 256  # transitions in a minibatch
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target networks towards their own, each actor update
+    policy_lr: float = 1e-3  # learning rate of the actor
+    q_lr: float = 1e-3  # learning rate of the critics
+    policy_frequency: int = 2  # critic updates per update of the actor and the target networks
+    exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in units of [-1, 1]
+    policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions, in units of [-1, 1]
+    noise_clip: float = 0.5  # bound of that noise
 
-    policy_frequency: int = 2
-    """critic updates per update of the actor and the target networks"""
-    exploration_noise: float = 0.1
-    """standard deviation of the noise on the actions taken, in units of [-1, 1]"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise on the target policy's actions, in units of [-1, 1]"""
-    noise_clip: float = 0.5
-    """bound of that noise"""
+    lambda_mpr: float | None = None  # weight of MPR; None: the tuned value for this env, or 0.1
+    lambda_vfc: float | None = None  # weight of VFC; None: the tuned value for this env, or 0.1
+    lambda_curv: float | None = None  # weight of Curv; None: the tuned value for this env, or 0.01
+    mpr_sigma: float = 0.01  # standard deviation of MPR's noise, in the observation's own units
+    curv_delta: float = 1.0  # margin delta by which Curv wants v^T H v below zero
+    pave_batch_size: int | None = None  # rows of the minibatch that the PAVE terms use: unbiased, cheaper; None: all
+    autotune_curv: bool = False  # tune lambda_curv; it and delta are then in units of the critic's action gradient
+    target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below -delta
 
-    lambda_mpr: float | None = None
-    """weight of MPR; None: the tuned value for this env, or 0.1"""
-    lambda_vfc: float | None = None
-    """weight of VFC; None: the tuned value for this env, or 0.1"""
-    lambda_curv: float | None = None
-    """weight of Curv, or where --autotune-curv starts; None: the tuned value for this env, or 0.01"""
-    mpr_sigma: float = 0.01
-    """standard deviation of MPR's noise, in the observation's own units"""
-    curv_delta: float = 1.0
-    """margin delta by which Curv wants v^T H v below zero"""
-    autotune_curv: bool = False
-    """tune lambda_curv towards --target-concavity from --lambda-curv; it and --curv-delta are then in units of the
-    critic's action gradient (delta: times d_a/2), and lambdas that are not given are 0.1, 0.0005, 0.01"""
-    target_concavity: float = 0.95
-    """share of the samples that --autotune-curv wants to have v^T H v below -delta"""
-    pave_batch_size: int | None = None
-    """rows of the minibatch that the PAVE terms use: fewer is an unbiased, cheaper estimate; None: all"""
-
-    cuda: bool = True
-    """use a CUDA device if there is one"""
-    torch_deterministic: bool = True
-    """let torch use deterministic algorithms only"""
-    compile: bool = True
-    """torch.compile the updates: some 40 s at the start, 5 s from its cache"""
-    cudagraphs: bool = True
-    """on CUDA, replay each update as one CUDA graph"""
-    output_dir: str = "runs"
-    """where the run's folder <env>__<script>__<seed>__<time> is made"""
-    eval_interval: int = 10_000
-    """steps between two evaluations of the deterministic policy"""
-    eval_episodes: int = 10
-    """episodes in an evaluation; 0: no evaluation"""
-    checkpoint_interval: int = 50_000
-    """steps after which the next episode end writes checkpoint.pt and actor.pt"""
-    resume: str | None = None
-    """checkpoint.pt of a run to go on with, in its folder; its settings hold unless a flag says otherwise"""
+    cuda: bool = True  # use a CUDA device if there is one
+    torch_deterministic: bool = True  # let torch use deterministic algorithms only
+    compile: bool = True  # torch.compile the losses: some 40 s at the start, 5 s from its cache
+    cudagraphs: bool = True  # on CUDA, let torch.compile replay each loss as a CUDA graph
+    output_dir: str = "runs"  # where the run's folder <env>__<script>__<seed>__<time> is made
+    eval_interval: int = 10_000  # steps between two evaluations of the deterministic policy
+    eval_episodes: int = 10  # episodes in an evaluation; 0: no evaluation
+    checkpoint_interval: int = 50_000  # steps after which the next episode end writes checkpoint.pt and actor.pt
+    resume: str | None = None  # checkpoint.pt of a run to go on with; its settings hold unless a flag says otherwise
 
 
 class UserError(Exception):
     """Something that the user can mend; shown as one line, exit code 2."""
+
+
+def require(holds: bool, message: str) -> None:
+    """UserError(message) unless it holds."""
+    if not holds:
+        raise UserError(message)
 
 
 def validate(args: Args) -> Args:
@@ -146,117 +110,95 @@ def validate(args: Args) -> Args:
     tuned = TUNED_LAMBDAS.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS)
     lambdas = dict(zip(LAMBDAS, AUTOTUNE_LAMBDAS if args.autotune_curv else tuned, strict=True))
     args = replace(args, **{name: value for name, value in lambdas.items() if getattr(args, name) is None})
-    rules = {
-        "total_timesteps learning_starts batch_size policy_frequency": (lambda x: x >= 1, "at least 1"),
-        "eval_interval checkpoint_interval": (lambda x: x >= 1, "at least 1"),
-        "eval_episodes": (lambda x: x >= 0, "0 or more"),
-        "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
-        "policy_lr q_lr mpr_sigma": (lambda x: 0 < x < math.inf, "a positive number"),
-        "lambda_mpr lambda_vfc lambda_curv curv_delta exploration_noise policy_noise noise_clip": (
-            lambda x: 0 <= x < math.inf,
-            "0 or a positive number",
-        ),
-        "target_concavity": (lambda x: 0 < x < 1, "between 0 and 1"),
-        "gamma tau": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-        "lambda_curv": (
-            lambda x: not args.autotune_curv or LAMBDA_CURV_BOUNDS[0] <= x <= LAMBDA_CURV_BOUNDS[1],
-            "from {} to {} with --autotune-curv".format(*LAMBDA_CURV_BOUNDS),
-        ),
-        "buffer_size": (lambda x: x >= args.batch_size, f"at least --batch-size ({args.batch_size})"),
-        "pave_batch_size": (
-            lambda x: x is None or 1 <= x <= args.batch_size,
-            f"from 1 to --batch-size ({args.batch_size})",
-        ),
-    }
-    for names, (holds, demand) in rules.items():
+    limits = {
+        "total_timesteps learning_starts batch_size policy_frequency eval_interval checkpoint_interval": (1, math.inf),
+        "eval_episodes lambda_mpr lambda_vfc curv_delta exploration_noise policy_noise noise_clip": (0, math.inf),
+        "lambda_curv": LAMBDA_CURV_BOUNDS if args.autotune_curv else (0, math.inf), "gamma tau": (0, 1),
+        "policy_lr q_lr mpr_sigma": (1e-12, math.inf), "target_concavity": (0.001, 0.999), "seed": (0, 2**32 - 1),
+        "buffer_size": (args.batch_size, math.inf), "pave_batch_size": (1, args.batch_size),
+    }  # fmt: skip
+    for names, (low, high) in limits.items():
         for name in names.split():
-            if not holds(getattr(args, name)):
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {demand}")
+            value = getattr(args, name)
+            fits = value is None or (low <= value <= high and math.isfinite(value))
+            require(fits, f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------- environment
+class NormalizedAction(gym.ActionWrapper):
+    """The env with flat actions (d_a,) in [-1, 1]: PAVE's terms, and so its lambdas, are per unit of action."""
 
-
-class NormalizedAction(gym.wrappers.RescaleAction):
-    """The env with its actions, whatever their bounds, rescaled to [-1, 1]."""
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.low, self.high = (np.float64(bound).ravel() for bound in (env.action_space.low, env.action_space.high))
+        self.action_space = gym.spaces.Box(-1, 1, self.low.shape)
 
     def action(self, action):
-        """The action in the env's own units; clipped, since rounding can step over the bounds."""
-        return np.clip(super().action(action), self.env.action_space.low, self.env.action_space.high)
+        """The action in the env's own units, shape and float type; clipped, since rounding can step over the bounds."""
+        env_action, space = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low), self.env.action_space
+        return np.clip(env_action, self.low, self.high).astype(space.dtype).reshape(space.shape)
+
+
+def finite(values) -> np.ndarray:
+    """A copy (some envs change one array in place) in float32; UserError where a number isn't finite."""
+    values = np.array(values, np.float32)
+    require(np.isfinite(values).all(), "the env returned a NaN or infinite observation or reward")
+    return values
+
+
+def number(reward) -> float:
+    require(np.size(reward) == 1, f"the env returned a reward of shape {np.shape(reward)}; it must be one number")
+    return finite(reward).item()
 
 
 def make_env(env_id: str) -> gym.Env:
-    """The env with actions rescaled to [-1, 1] and raw observations; UserError where a continuous policy can't act."""
+    """The env with actions in [-1, 1] and flat raw observations; UserError where a continuous policy can't act."""
     try:
         env = gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         raise UserError(f"cannot make --env-id {env_id}: {' '.join(str(error).split())}") from error
     actions, observations = env.action_space, env.observation_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
-        raise UserError(
-            f"{env_id} has the action space {actions}; this script needs a continuous vector, a 1-D float Box"
-        )
-    if not (np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()):
-        raise UserError(f"{env_id} has unbounded or locked actions ({actions}); register it with finite low < high")
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        raise UserError(
-            f"{env_id} observes {type(observations).__name__}{observations.shape or ''}; this script needs a vector: "
-            "register the env wrapped in gymnasium.wrappers.FlattenObservation (images also need a CNN encoder)"
-        )
-    # a copy each: some envs return one array that they change in place, and s would turn into s' in the buffer
-    env = gym.wrappers.TransformObservation(env, lambda observation: np.array(observation, np.float32), None)
-    return NormalizedAction(env, np.float32(-1), np.float32(1))
-
-
-# -------------------------------------------------------------------------------------------------- replay buffer
+    continuous = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
+    require(continuous, f"{env_id} has the action space {actions}; this script needs continuous actions, a float Box")
+    bounded = np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()
+    require(bounded, f"{env_id} has unbounded or locked actions ({actions}); register it with finite low < high")
+    image = re.search(r"\d+, \d+, \d+\), uint8", str(observations))  # a Box, also inside a Dict or Tuple
+    vector = observations.is_np_flattenable and not image
+    require(vector, f"{env_id} observes {observations}; these networks need a vector, without images")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), finite, None)
+    return NormalizedAction(gym.wrappers.TransformReward(env, number))
 
 
 class ReplayBuffer:
-    """A ring of transitions, one row each, so that adding is one copy and sampling one gather.
-
-    The rows live on the device, or in the host's memory, with a line that says so, where they don't fit there.
-    """
+    """A ring of transitions on the device, one row each, so that adding is one copy and sampling one gather."""
 
     def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
-        """Raise UserError where `capacity` rows don't fit in the host's memory either."""
-        self.device = device  # of the minibatches
         self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
-        needed = capacity * sum(self.widths) * 4
-        if device.type == "cuda" and needed > 0.9 * torch.cuda.mem_get_info(device)[0]:
-            tqdm.write(
-                f"the replay buffer ({needed / 1e9:.1f} GB) does not fit on {device}: it stays in the host's memory"
-            )
-            device = torch.device("cpu")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-        if device.type == "cpu" and needed > memory:
-            raise UserError(
-                f"a replay buffer of {capacity:,} transitions needs {needed / 1e9:.1f} GB, this machine has "
-                f"{memory / 1e9:.1f} GB: lower --buffer-size"
-            )
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        self.position = 0
-        # on the device: a CUDA graph would not see a Python int change
-        self.size = torch.zeros((), dtype=torch.float64, device=device)
+        size = 4 * capacity * sum(self.widths)
+        try:
+            if device.type == "cpu" and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+                raise MemoryError  # Linux would grant it, and kill the run once it is filled
+            self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        except (MemoryError, RuntimeError) as error:
+            raise UserError(f"no memory for a replay buffer of {size / 1e9:,.1f} GB: lower --buffer-size") from error
+        self.position = self.size = 0
 
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
+        """Store s, s', a in [-1, 1], r. `terminated`: the episode truly ended; False where a time limit cut it."""
         row = np.concatenate([observation, next_observation, action, [reward, terminated]], dtype=np.float32)
         self.rows[self.position] = torch.from_numpy(row)
         self.position = (self.position + 1) % len(self.rows)
-        self.size.add_(1).clamp_(max=len(self.rows))
+        self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """B rows drawn uniformly: s (B, d_s), s' (B, d_s), a (B, d_a) in [-1, 1], rewards (B,), terminations (B,).
-
-        terminations is 1.0 where the episode truly ended; a time limit leaves 0.0, and s' is its true last observation.
+        """B rows, each drawn on its own, so that the first n are as fair a sample (--pave-batch-size): s (B, d_s),
+        s' (B, d_s), the true last observation where an episode ends, a (B, d_a), rewards (B,), terminations (B,).
         """
-        fractions = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
-        rows = self.rows.index_select(0, (fractions * self.size).long()).to(self.device)
+        rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
         observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
         return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
-
-
-# ------------------------------------------------------------------------------------------------------- networks
 
 
 def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
@@ -290,31 +232,19 @@ class Actor(nn.Module):
 
 # -------------------------------------------------------------------- PAVE: paste from here to the next dashed line
 
-from typing import NamedTuple  # noqa: E402  here: above the pasted block only `import torch` is needed
+from collections import namedtuple  # noqa: E402  here: above the pasted block only `import torch` is needed
 
-
-class PaveLosses(NamedTuple):
-    mpr: torch.Tensor  # ()
-    vfc: torch.Tensor  # ()
-    curvature: torch.Tensor  # ()
-    trace: torch.Tensor  # (B,), v^T (d2Q/da2) v, one probe's estimate: below 0 where Q is concave along it
-    gradient: torch.Tensor  # (B, d_a), grad_a Q(s, a)
-    q_values: torch.Tensor  # (B,), Q(s, a): the TD loss needs no second forward pass
+PaveLosses = namedtuple("PaveLosses", "mpr vfc curvature vhv gradient q_values")  # see pave_losses
 
 
 def action_gradient(q, observations, actions):
-    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,).
-
-    `q` is one critic, any callable (B, d_s), (B, d_a) -> (B,) that treats its rows independently (no batch norm).
-    Raises ValueError if it returns another shape.
-    """
+    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). `q`: see pave_losses. ValueError on its shape"""
 
     def total(a):
         q_values = q(observations, a)
         if q_values.shape != a.shape[:1]:
-            raise ValueError(
-                f"q must return shape ({len(a)},), not {tuple(q_values.shape)}: pass lambda s, a: q(s, a).squeeze(-1)"
-            )
+            cure = "q(s, a).squeeze(-1)" if q_values.shape == (len(a), 1) else "one critic at a time, one value a row"
+            raise ValueError(f"q must return shape ({len(a)},), not {tuple(q_values.shape)}: pass {cure}")
         return q_values.sum(), q_values  # rows are independent, so the sum's gradient is each row's own
 
     return torch.func.grad(total, has_aux=True)(actions)
@@ -323,9 +253,8 @@ def action_gradient(q, observations, actions):
 def hutchinson_trace(q, observations, actions, probe):
     """Hutchinson's estimate of tr(d2Q/da2): v^T (d2Q/da2) v (B,), one probe v (B, d_a) a sample; no Hessian is formed.
 
-    Its mean over Rademacher probes is the trace (Hutchinson 1989); exact if the Hessian is diagonal. Also returns, from
-    the same pass, grad_a Q (B, d_a) and Q (B,). All are differentiable in the parameters of `q`, eager or compiled:
-    torch.func.grad, unlike torch.autograd.grad, traces to plain operations.
+    Its mean over Rademacher probes is the trace. From the same pass: grad_a Q (B, d_a) and Q (B,). Differentiable in
+    the parameters of `q`, eager or compiled: torch.func.grad, unlike torch.autograd.grad, traces to plain operations.
     """
 
     def along_probe(a):
@@ -346,147 +275,108 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
 
         state_noise, probe = sigma * torch.randn_like(s), rademacher_like(a)  # the same for every critic
         pave = pave_losses(q, s, a, next_s, state_noise, probe, delta)
-        loss = td_weight * F.mse_loss(pave.q_values, target)  # 1 in TD3, 1/2 in SAC
+        loss = td_weight * F.mse_loss(pave.q_values, target)  # target (B,); td_weight 1 in TD3, 1/2 in SAC
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
-    q: callable (B, d_s), (B, d_a) -> (B,), rows independent; smooth (SiLU): with ReLU, Curv has no gradient
-    observations, next_observations: s and s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
-    state_noise: epsilon (B, d_s), drawn from N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like
-    delta: the margin of curvature, in units of Q
-    Means are over the batch and the action dimensions. Gradients flow to the parameters of `q` through every term.
-    Keep float32: MPR subtracts nearly equal gradients, and TF32 or bf16 would lose the difference.
+    q: one critic, any callable (B, d_s), (B, d_a) -> (B,): smooth (SiLU, not ReLU), rows independent and repeatable (no
+        batch norm, no dropout), nn.GroupNorm(1, H) for nn.LayerNorm(H), the same function, since torch's gradient of
+        Curv through LayerNorm is wrong (pytorch#175754). Compile the function that calls pave_losses, not q
+    observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
+    state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
+    Returns mpr, vfc, curvature (), to weigh and add; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a),
+    grad_a Q(s, a); q_values (B,), Q(s, a), so that the TD loss needs no second forward pass. Gradients flow to the
+    parameters of `q` through every term. Means are over the batch and the action dimensions: a squared norm would be
+    d_a times larger, and need a lambda d_a times smaller. ValueError under autocast: MPR subtracts nearly equal
+    gradients, and bf16 (or TF32) loses the difference.
     """
-    trace, gradient, q_values = hutchinson_trace(q, observations, actions, probe)
+    if torch.is_autocast_enabled(actions.device.type):
+        raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
+    vhv, gradient, q_values = hutchinson_trace(q, observations, actions, probe)
     states = torch.cat([observations + state_noise, next_observations])
+    # the same a at every state: VFC is to see how the field turns with s, and Curv wants it to change with a
     noisy_gradient, next_gradient = action_gradient(q, states, torch.cat([actions, actions]))[0].chunk(2)
     return PaveLosses(
         mpr=(noisy_gradient - gradient).square().mean(),
         vfc=(next_gradient - gradient).square().mean(),
-        curvature=torch.relu(trace + delta).mean(),
-        trace=trace,
+        curvature=torch.relu(vhv + delta).mean(),
+        vhv=vhv,
         gradient=gradient,
         q_values=q_values,
     )
 
 
-def smoothness(actions, fs=1.0):
-    """sm of one episode: frequency weighted by the actions' spectrum (CAPS, Mysore et al. 2021); lower is smoother.
-
-    actions: array (T,) or (T, d_a) in the env's own action units; fs: sampling rate, 1 for cycles per step.
-    Mean over action dimensions of 2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2. T < 2 gives 0.0.
-    """
-    actions = torch.as_tensor(actions, dtype=torch.float64)
-    steps = len(actions)
-    if steps < 2:
-        return 0.0
-    spectrum = torch.fft.rfft(actions.reshape(steps, -1), dim=0)[: steps // 2].abs()
-    frequencies = torch.arange(steps // 2, dtype=torch.float64, device=actions.device) * (fs / steps)
-    return (2 / (steps * fs) * (frequencies @ spectrum)).mean().item()
-
-
-# ---------------------------------------------------------------------------------------------------- the updates
-
-
-def compile_or_eager(function):
-    """torch.compile(function), or `function` and a warning where a call of it fails (no C++ compiler, say)."""
-    fast = torch.compile(function, fullgraph=True)
-
-    def call(*inputs):
-        nonlocal fast
-        try:
-            return fast(*inputs)
-        except Exception as error:
-            cause = str(error).strip().partition("\n")[0]
-            tqdm.write(f"warning: torch.compile does not work here, going on without it ({cause})", file=sys.stderr)
-            fast = function
-            return function(*inputs)
-
-    return call
-
-
-def cuda_graphs(function):
-    """`function(flag)` as one CUDA graph for each value of `flag`: hundreds of kernels for the price of one launch.
-
-    The first calls run as they are, to compile and to allocate; then one is recorded, and from there on replayed. What
-    it returns lives in the graph's own memory, which the next replay overwrites.
-    """
-    graphs, outputs, warm_ups, stream = {}, {}, Counter(), torch.cuda.Stream()
-
-    def call(flag):
-        warm_ups[flag] += 1
-        if warm_ups[flag] <= 3:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                output = function(flag)
-            torch.cuda.current_stream().wait_stream(stream)
-            return output
-        if flag not in graphs:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    outputs[flag] = function(flag)
-            except RuntimeError as error:
-                cause = str(error).strip().partition("\n")[0]
-                raise UserError(
-                    f"an update can't be recorded as a CUDA graph ({cause}): add --no-cudagraphs"
-                ) from error
-            graphs[flag] = graph
-        graphs[flag].replay()
-        return outputs[flag]
-
-    return call
-
-
-class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015), defaults as in torch.optim, whose step does not compile into one piece with a loss."""
-
-    def __init__(self, parameters, lr: float):
-        super().__init__()
-        self.lr = lr
-        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, parameters)) for _ in range(2))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def step(self, parameters, gradients) -> None:
-        self.count.add_(1)
-        mean_scale, square_scale = 1 - 0.9**self.count, 1 - 0.999**self.count
-        for parameter, gradient, mean, square in zip(parameters, gradients, self.means, self.squares, strict=True):
-            mean.lerp_(gradient, 1 - 0.9)
-            square.lerp_(gradient.square(), 1 - 0.999)
-            parameter.sub_(self.lr * (mean / mean_scale) / ((square / square_scale).sqrt() + 1e-8))
+# ----------------------------------------------------------------------------------------------------- the update
 
 
 class Agent(nn.Module):
-    """TD3: networks, optimizers, a method for each loss; `update` is a step down each, compiled in two pieces."""
+    """TD3: networks, optimizers, `update` and the losses that it steps down."""
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
         self.args, self.device = args, device
-        self.use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
-        self.pave_rows = args.pave_batch_size or args.batch_size
-        self.td_weight = 1.0  # TD3 sums the critics' squared errors; the tuned lambdas are relative to that
+        use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
+        self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # of a minibatch
         self.actor = Actor(observation_dim, action_dim)
-        self.actor_target = copy.deepcopy(self.actor)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
-        self.critic_targets = copy.deepcopy(self.critics)
+        self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
         if args.autotune_curv:
-            self.register_buffer("log_lambda_curv", torch.tensor([args.lambda_curv]).log())
-            self.register_buffer("gradient_scale", torch.zeros(1))
-        rates = {"critics": args.q_lr, "actor": args.policy_lr}
-        optimizers = {part: Adam(list(self.parameters_of(part).values()), rate) for part, rate in rates.items()}
-        self.optimizers = nn.ModuleDict(optimizers)
-        self.requires_grad_(False)  # torch.func.grad is told what to differentiate in
+            self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))
+            self.register_buffer("gradient_scale", torch.zeros(()))
         self.to(device)
+        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
+        self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
-            self.update_critics = compile_or_eager(self.update_critics)
-            self.update_actor = compile_or_eager(self.update_actor)
+            torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
+            mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
+            try:
+                torch.compile(torch.sin)(torch.ones(8, device=device))  # fails where there is no C++ compiler, say
+                self.backward = torch.compile(self.backward, fullgraph=True, mode=mode)
+            except Exception as error:
+                cause = str(error).strip().partition("\n")[0]
+                tqdm.write(f"warning: torch.compile does not work here, going on without it ({cause})", sys.stderr)
 
+    @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """The policy's action (d_a,) with exploration noise, in [-1, 1]."""
-        observations = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
-        action = self.actor(observations)[0]
-        action += self.args.exploration_noise * torch.randn_like(action)
-        return action.clamp(-1, 1).cpu().numpy()
+        action = self.actor(torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None])[0]
+        return (action + self.args.exploration_noise * torch.randn_like(action)).clamp(-1, 1).cpu().numpy()
 
+    def update(self, batch: tuple, update_actor: bool) -> dict:
+        """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
+        args, (observations, _, actions, _, _) = self.args, batch
+        # noise is drawn here and not in what is compiled, so that eager and compiled runs draw the same
+        target_noise, state_noise, probe = torch.randn_like(actions), None, None
+        if self.pave_rows:
+            state_noise = args.mpr_sigma * torch.randn_like(observations[: self.pave_rows])
+            probe = rademacher_like(actions[: self.pave_rows])
+
+        metrics = self.backward(self.critic_loss, batch, target_noise, state_noise, probe)
+        self.q_optimizer.step()
+        self.q_optimizer.zero_grad()
+        if args.autotune_curv:  # dual ascent: lambda_curv grows while too few samples have v^T H v < -delta
+            shortfall = args.target_concavity - metrics["geometry/margin_fraction"]
+            self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)
+            self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
+        if update_actor:
+            self.critics.requires_grad_(False)  # the actor's gradient passes through them, they need none of their own
+            metrics |= self.backward(self.actor_loss, batch)
+            self.actor_optimizer.step()
+            self.actor_optimizer.zero_grad()
+            self.critics.requires_grad_(True)
+            for targets, networks in ((self.critic_targets, self.critics), (self.actor_target, self.actor)):
+                for target, parameter in zip(targets.parameters(), networks.parameters(), strict=True):
+                    target.lerp_(parameter.detach(), args.tau)
+        return metrics
+
+    def backward(self, loss_function, *inputs) -> dict:
+        """loss.backward() for loss_function(*inputs) -> (loss, metrics); compiled in one piece, it is faster."""
+        loss, metrics = loss_function(*inputs)
+        loss.backward()
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()
     def td_target(self, next_observations, rewards, terminations, noise):
         """r + gamma min Q'(s', clip(pi'(s') + clipped noise)); only a termination cuts the future. (B,)"""
         noise = (self.args.policy_noise * noise).clamp(-self.args.noise_clip, self.args.noise_clip)
@@ -498,229 +388,132 @@ class Agent(nn.Module):
         """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n = self.args, self.pave_rows
-        total, twins = 0.0, []
-        lambda_curv, delta = args.lambda_curv, args.curv_delta
-        if args.autotune_curv:  # delta 1 is met by a paraboloid whose top is nearer than the action box is wide
-            scale = self.gradient_scale.squeeze()
-            delta = actions.shape[1] / 2 * delta * scale
-            lambda_curv = self.log_lambda_curv.exp().squeeze() * scale
-        for critic in self.critics:
-            if self.use_pave:
-                pave = pave_losses(
-                    critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, delta
-                )
-                q_values = pave.q_values
-                if n < len(actions):
-                    q_values = torch.cat([q_values, critic(observations[n:], actions[n:])])
-                total += args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
-            else:
-                q_values = critic(observations, actions)
-            td = F.mse_loss(q_values, target_q)
-            total += self.td_weight * td
-            metrics = {"losses/qf_loss": td, "losses/q_values": q_values.mean()}
-            if self.use_pave:
-                metrics |= {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
-                metrics["geometry/curvature"] = pave.trace.mean()
-                metrics["geometry/concave_fraction"] = (pave.trace < 0).float().mean()
+        args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
+        # rows of TD alone; all variables below have a leading dimension of 2, the twins
+        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
+        if n:
+            lambda_curv, delta = args.lambda_curv, args.curv_delta
+            if args.autotune_curv:  # in units of grad_a Q; delta 1 puts the top of a paraboloid into the action box
+                lambda_curv = self.lambda_curv * self.gradient_scale
+                delta = actions.shape[1] / 2 * delta * self.gradient_scale
+            rows = observations[:n], actions[:n], next_observations[:n]
+            twins = [pave_losses(critic, *rows, state_noise, probe, delta) for critic in self.critics]
+            pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))
+            q_values = torch.cat([pave.q_values, q_values], dim=1)
+            loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
+            metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
+            metrics |= {"geometry/curvature": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
             if args.autotune_curv:
-                metrics["geometry/margin_fraction"] = (pave.trace < -delta).float().mean()
-                metrics["geometry/action_gradient"] = pave.gradient.square().mean().sqrt()
-                metrics["losses/lambda_curv"] = lambda_curv
-            twins.append(metrics)
-        return total, {name: (twins[0][name] + twins[1][name]) / 2 for name in twins[0]}
-
-    def tune_curvature(self, metrics: dict) -> None:
-        """Dual ascent: lambda_curv grows while fewer samples than --target-concavity have v^T H v < -delta.
-
-        Its unit and delta's, gradient_scale, is a running mean of the root mean square entry of grad_a Q.
-        """
-        shortfall = self.args.target_concavity - metrics["geometry/margin_fraction"]
-        self.log_lambda_curv.add_(0.006 * shortfall).clamp_(*map(math.log, LAMBDA_CURV_BOUNDS))
-        self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
+                metrics |= {"losses/lambda_curv": lambda_curv, "geometry/margin_fraction": (pave.vhv < -delta).float()}
+                metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()
+        td = (q_values - target_q).square().mean(dim=1)
+        loss = td + loss  # not SAC's half of it: the tuned lambdas are relative to that
+        metrics |= {"losses/qf_loss": td, "losses/q_values": q_values}
+        return loss.sum(), {name: value.mean() for name, value in metrics.items()}
 
     def actor_loss(self, batch: tuple):
-        """Plain TD3: mean of -Q1(s, pi(s)); and nothing else."""
-        observations = batch[0]
-        return -self.critics[0](observations, self.actor(observations)).mean(), ()
-
-    def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
-        """The parameters of the attribute `part`, one of those that have an optimizer, by their names in the agent."""
-        return {name: parameter for name, parameter in self.named_parameters() if name.split(".")[0] == part}
-
-    def gradients(self, part: str, loss, *inputs) -> tuple:
-        """Of loss(*inputs) -> (scalar, more) in the parameters of a part: {name: gradient}, (scalar, more)."""
-
-        def loss_at(parameters):
-            return torch.func.functional_call(self, parameters, (loss, *inputs))
-
-        return torch.func.grad_and_value(loss_at, has_aux=True)(self.parameters_of(part))
-
-    def forward(self, loss, *inputs):
-        """What functional_call calls: the loss, while the parameters are those it was given."""
-        return loss(*inputs)
-
-    def descend(self, part: str, loss, *inputs) -> tuple:
-        """One Adam step of a part down the gradient of loss(*inputs) -> (scalar, more); returns (scalar, more)."""
-        gradients, outputs = self.gradients(part, loss, *inputs)
-        self.optimizers[part].step(map(self.get_parameter, gradients), gradients.values())
-        return outputs
-
-    def polyak(self, targets: nn.Module, networks: nn.Module) -> None:
-        """Polyak averaging: the targets go a step of tau towards the networks."""
-        for target, parameter in zip(targets.parameters(), networks.parameters(), strict=True):
-            target.lerp_(parameter, self.args.tau)
-
-    def critic_noise(self, batch: tuple) -> tuple:
-        """Noise of the target policy, MPR's, the probe; not drawn in what is compiled, so that eager draws the same."""
-        observations, actions = batch[0][: self.pave_rows], batch[2][: self.pave_rows]
-        target_noise = torch.randn_like(batch[2])
-        if not self.use_pave:
-            return target_noise, None, None
-        return target_noise, self.args.mpr_sigma * torch.randn_like(observations), rademacher_like(actions)
-
-    def update_critics(self, batch: tuple, target_noise, state_noise, probe) -> dict:
-        """One step of both critics; returns what to log."""
-        metrics = self.descend("critics", self.critic_loss, batch, target_noise, state_noise, probe)[1]
-        if self.args.autotune_curv:
-            self.tune_curvature(metrics)
-        return metrics
-
-    def update_actor(self, batch: tuple) -> dict:
-        """One step of the actor, then of all targets; returns what to log."""
-        loss, _ = self.descend("actor", self.actor_loss, batch)
-        self.polyak(self.critic_targets, self.critics)
-        self.polyak(self.actor_target, self.actor)
-        return {"losses/actor_loss": loss}
-
-    def update(self, batch: tuple, update_actor: bool) -> dict:
-        """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
-        metrics = self.update_critics(batch, *self.critic_noise(batch))
-        if update_actor:
-            metrics |= self.update_actor(batch)
-        return metrics
+        """Plain TD3: mean of -Q1(s, pi(s)); and what to log."""
+        loss = -self.critics[0](batch[0], self.actor(batch[0])).mean()
+        return loss, {"losses/actor_loss": loss}
 
 
-# ------------------------------------------------------------------------------------------------------- training
+def smoothness(actions, fs=1.0):
+    """sm of one episode (CAPS, Mysore et al. 2021), lower is smoother: the mean over action dimensions of
+    2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2; 0.0 if T < 2. actions: (T,) or (T, d_a) in the env's own units;
+    fs: sampling rate, 1 for cycles per step.
+    """
+    steps = len(actions)
+    if steps < 2:
+        return 0.0
+    spectrum = np.abs(np.fft.rfft(np.reshape(actions, (steps, -1)), axis=0))[: steps // 2]
+    return float((2 / (steps * fs) * np.fft.rfftfreq(steps, 1 / fs)[: steps // 2] @ spectrum).mean())
 
 
 @torch.no_grad()
 def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
-    """Return, sm and oscillation of the deterministic policy over `episodes` episodes, always from the same starts.
-
-    env: from make_env. Smoothness and oscillation (mean |a_t+1 - a_t|) are in the env's own action units.
+    """Return, sm, oscillation (mean |a_t+1 - a_t|) and length of the deterministic policy, always from the same starts,
+    in an env from make_env; sm and oscillation are in the env's own action units.
     """
-    device = next(actor.parameters()).device
-    returns, smooth, oscillation = [], [], []
+    device, results = next(actor.parameters()).device, []
     for episode in range(episodes):
         observation, _ = env.reset(seed=10_000 + episode)
-        rewards, actions, over = [], [], False
+        rewards, env_actions, over = [], [], False
         while not over:
-            action = actor(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])[0].cpu().numpy()
+            action = actor(torch.as_tensor(observation, device=device)[None])[0].cpu().numpy()
             observation, reward, terminated, truncated, _ = env.step(action)
-            rewards.append(float(reward))
-            actions.append(env.action(action))
+            rewards.append(reward)
+            env_actions.append(env.action(action).ravel())
             over = terminated or truncated
-        returns.append(sum(rewards))
-        smooth.append(smoothness(np.array(actions)))
-        oscillation.append(np.abs(np.diff(actions, axis=0)).mean() if len(actions) > 1 else 0.0)
-    means = {"return_mean": returns, "smoothness_mean": smooth, "oscillation": oscillation}
-    deviations = {"return_std": returns, "smoothness_std": smooth}
-    return {k: float(np.mean(v)) for k, v in means.items()} | {k: float(np.std(v)) for k, v in deviations.items()}
-
-
-def save(path: Path, content: dict) -> None:
-    """torch.save that leaves the old file whole until the new one is: written beside it, then renamed."""
-    partial = path.with_suffix(".partial")
-    try:
-        torch.save(content, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # a full disk is either
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is untouched: {error}") from error
-
-
-def numpy_generators(env: gym.Env) -> tuple:
-    """Every numpy generator that a run draws from: the global one, the env's and its action space's."""
-    return np.random.get_bit_generator(), env.np_random.bit_generator, env.action_space.np_random.bit_generator
+        oscillation = np.abs(np.diff(env_actions, axis=0)).mean() if len(rewards) > 1 else 0.0
+        results.append((sum(rewards), smoothness(np.array(env_actions)), oscillation, len(rewards)))
+    (mean, sm, oscillation, length), (std, sm_std, *_) = np.mean(results, axis=0), np.std(results, axis=0)
+    values = {"return_mean": mean, "return_std": std, "smoothness_mean": sm, "smoothness_std": sm_std}
+    return values | {"oscillation": oscillation, "length_mean": length}
 
 
 def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
-    """Write actor.pt (what a robot needs) and checkpoint.pt (all that --resume needs) into the run's folder."""
-    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
-        raise UserError(f"training diverged at step {step:,}: a weight is not finite; the last checkpoint is untouched")
-    common = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
-    low, high = torch.from_numpy(env.env.action_space.low), torch.from_numpy(env.env.action_space.high)
-    save(run_dir / "actor.pt", common | {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high})
+    """Write actor.pt (what a robot needs) and checkpoint.pt: all that the rest of a run depends on at an episode's end,
+    so that a resumed one is bit-identical: networks, targets, optimizers, replay, and torch's generators, from which
+    the episodes' seeds are drawn, too.
+    """
+    optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
+    moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
+    sane = all(tensor.isfinite().all() for tensor in (*agent.parameters(), *moments))
+    require(sane, f"step {step:,}: {DIVERGED} (a weight is not finite); the last checkpoint is untouched")
+    about = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
+    bounds = {"action_low": torch.from_numpy(env.low).float(), "action_high": torch.from_numpy(env.high).float()}
     state = {
-        "agent": agent.state_dict(),
-        "buffer_rows": buffer.rows[: int(buffer.size)].to("cpu", copy=True),  # a view would save the whole ring
-        "buffer_position": buffer.position,
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if agent.device.type == "cuda" else None,
-        "numpy_rngs": json.dumps([generator.state for generator in numpy_generators(env)], default=np.ndarray.tolist),
-    }
-    save(run_dir / "checkpoint.pt", common | state)
+        "agent": agent.state_dict(), "optimizers": optimizers, "buffer_position": buffer.position,
+        "buffer_rows": buffer.rows[: buffer.size].to("cpu", copy=True),  # a view would save the whole ring
+        "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+    }  # fmt: skip
+    files = {"actor.pt": about | bounds | {"actor": agent.actor.state_dict()}, "checkpoint.pt": about | state}
+    for name, content in files.items():
+        partial = run_dir / f"{name}.partial"
+        try:
+            torch.save(content, partial)
+            partial.replace(run_dir / name)  # the old file stays whole until the new one is
+        except (OSError, RuntimeError) as error:  # a full disk is either
+            partial.unlink(missing_ok=True)
+            raise UserError(f"cannot write {run_dir / name}, what was there is untouched: {error}") from error
 
 
-def load_checkpoint(path: str) -> dict:
+def load_checkpoint(path: str, settings=Args) -> dict:
     """Read a checkpoint.pt of this script; weights_only, so it can't execute code. UserError for any other file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT or "buffer_rows" not in checkpoint:
+            raise ValueError("another script's, or no checkpoint")
+        return checkpoint | {"args": settings(**checkpoint["args"])}
     except Exception as error:
         cause = str(error).strip().partition("\n")[0]
-        raise UserError(f"--resume cannot read {path} ({cause}): give the checkpoint.pt of a run") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT or "buffer_rows" not in checkpoint:
-        raise UserError(f"--resume {path} was not written by {SCRIPT}.py: give the checkpoint.pt of one of its runs")
-    return checkpoint
+        raise UserError(f"--resume cannot use {path} ({cause}): give a checkpoint.pt of {SCRIPT}.py") from error
 
 
-def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> int:
+def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer) -> int:
     """Put everything that a checkpoint holds back in place and return its step; UserError if it doesn't fit."""
-    args, rows, step = agent.args, checkpoint["buffer_rows"], checkpoint["step"]
-    if checkpoint["args"]["env_id"] != args.env_id:
-        raise UserError(f"--resume is a run on {checkpoint['args']['env_id']}, --env-id is {args.env_id}")
-    if step >= args.total_timesteps:
-        raise UserError(f"--resume is at step {step:,} already: raise --total-timesteps to go on")
-    if len(rows) > args.buffer_size:
-        raise UserError(f"--resume holds {len(rows):,} transitions: raise --buffer-size to hold them")
+    args, saved, rows, step = agent.args, checkpoint["args"], checkpoint["buffer_rows"], checkpoint["step"]
+    require(saved.env_id == args.env_id, f"--resume is a run on {saved.env_id}, --env-id is {args.env_id}")
+    require(step < args.total_timesteps, f"--resume is at step {step:,} already: raise --total-timesteps to go on")
+    require(len(rows) <= args.buffer_size, f"--resume holds {len(rows):,} transitions: raise --buffer-size")
     try:
         agent.load_state_dict(checkpoint["agent"])
+        for name, optimizer in agent.optimizers.items():  # only its state: a flag may have changed the learning rate
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]})
         buffer.rows[: len(rows)] = rows
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            "--resume does not fit this env and script, or an --autotune flag differs from the run's: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    if args.autotune_curv and args.lambda_curv != checkpoint["args"]["lambda_curv"]:
-        agent.log_lambda_curv.fill_(math.log(args.lambda_curv))  # a new --lambda-curv is a new start
-    buffer.size.fill_(len(rows))
-    full = len(rows) == args.buffer_size
-    buffer.position = checkpoint["buffer_position"] % len(rows) if full else len(rows)
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"--resume does not fit this env, or another --autotune than its own: {cause}") from error
+    if args.autotune_curv and args.lambda_curv != saved.lambda_curv:
+        agent.lambda_curv.fill_(args.lambda_curv)  # a new --lambda-curv is a new start
+    buffer.size = len(rows)
+    buffer.position = checkpoint["buffer_position"] % len(rows) if len(rows) == args.buffer_size else len(rows)
     torch.set_rng_state(checkpoint["torch_rng"])
-    if agent.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-    for generator, state in zip(numpy_generators(env), json.loads(checkpoint["numpy_rngs"]), strict=True):
-        generator.state = state
+    torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
     return step
 
 
-def make_run_dir(args: Args) -> Path:
-    """The folder of the run: the checkpoint's own on --resume, else a new one. UserError if it can't be written."""
-    if args.resume:
-        if not os.access(Path(args.resume).parent, os.W_OK):
-            raise UserError(f"cannot write beside --resume {args.resume}, where the run goes on: copy its folder")
-        return Path(args.resume).parent
-    env_name, milliseconds = re.sub(r"[^A-Za-z0-9_.-]", "-", args.env_id), time.time_ns() // 1_000_000
-    run_dir = Path(args.output_dir) / f"{env_name}__{SCRIPT}__{args.seed}__{milliseconds}"
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make a folder in --output-dir {args.output_dir} ({error}): choose another") from error
-    return run_dir
-
-
-def train(args: Args) -> Path:
+def train(args: Args, make_agent=Agent) -> Path:
     """Train and return the run's folder. Raises UserError; SystemExit(128 + signal) once Ctrl-C or SIGTERM is saved."""
     args = validate(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -728,120 +521,107 @@ def train(args: Args) -> Path:
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the still empty buffer
     torch.manual_seed(args.seed)
-    np.random.seed(args.seed)
-    env = make_env(args.env_id)
-    eval_env = make_env(args.env_id) if args.eval_episodes else env
-    env.action_space.seed(args.seed)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    agent = Agent(observation_dim, action_dim, args, device)
+    agent = make_agent(observation_dim, action_dim, args, device)
     buffer = ReplayBuffer(args.buffer_size, observation_dim, action_dim, device)
-    observation, _ = env.reset(seed=args.seed)
-    start = 0
-    if args.resume:
-        start = restore(load_checkpoint(args.resume), agent, buffer, env)
-        observation, _ = env.reset()
-
-    def sample_and_update(update_actor: bool) -> dict:
-        return agent.update(buffer.sample(args.batch_size), update_actor)
-
-    if args.cudagraphs and buffer.rows.is_cuda:
-        sample_and_update = cuda_graphs(sample_and_update)
-    run_dir = make_run_dir(args)
-    writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
+    start = restore(load_checkpoint(args.resume, type(args)), agent, buffer) if args.resume else 0
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run_dir = Path(args.resume).parent if args.resume else Path(args.output_dir) / name
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir} ({error}): choose another --output-dir or copy the run") from error
     settings = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")
-
+    if env.spec.max_episode_steps == MAX_EPISODE_STEPS:
+        tqdm.write(
+            f"episodes are cut at {MAX_EPISODE_STEPS:,} steps; register the env with max_episode_steps to change it"
+        )
     if args.compile:
         tqdm.write("the first updates wait for torch.compile, a minute or so (--no-compile: no wait, slower updates)")
-    stop_signal = 0
+
+    stop_signals = []  # a second one stops at once
 
     def request_stop(signum, _frame):
-        nonlocal stop_signal
-        stop_signal = signum
-        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    def log(values: dict) -> None:
+        for tag, value in values.items():
+            writer.add_scalar(tag, value, step)
 
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    terminal = sys.stdout.isatty()
-    bar = tqdm(total=args.total_timesteps, initial=start, unit="step", file=sys.stdout, disable=not terminal)
-    metrics, evaluation, evaluation_line = {}, {}, ""
-    episodic_return, episodic_length, began = 0.0, 0, time.time()
-    next_checkpoint = (start // args.checkpoint_interval + 1) * args.checkpoint_interval
+    bar = tqdm(total=args.total_timesteps, initial=start, unit="step", file=sys.stdout, disable=None)
+    metrics, evaluation, over, saved_at, began = {}, {}, True, start, time.time()
     try:
         for step in range(start + 1, args.total_timesteps + 1):
+            if over:
+                episode_return, episode_length = 0.0, 0
+                seed = int(torch.randint(2**20, 2**31, ()))  # above all of evaluate's
+                np.random.seed(seed)  # for an env that draws from numpy's global generator
+                observation, _ = env.reset(seed=seed)
             if step <= args.learning_starts:
-                action = env.action_space.sample()
+                action = 2 * torch.rand(action_dim).numpy() - 1
             else:
                 action = agent.explore(observation)
-                if not np.isfinite(action).all():
-                    raise UserError(f"training diverged at step {step:,}, lower --q-lr or the lambdas: a NaN action")
-                metrics = sample_and_update(step % args.policy_frequency == 0)  # a GPU works at it during env.step
+                require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
+                # before env.step, so that a GPU works at it while the simulator steps
+                metrics = agent.update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
             next_observation, reward, terminated, truncated, _ = env.step(action)
-            reward = float(reward)
-            if not all(np.isfinite(value).all() for value in (observation, next_observation, reward)):
-                raise UserError(f"{args.env_id} returned a NaN or infinite observation or reward at step {step:,}")
             buffer.add(observation, next_observation, action, reward, terminated)
             observation, over = next_observation, terminated or truncated
-            episodic_return += reward
-            episodic_length += 1
-
-            if metrics and (device.type == "cpu" or over or step % LOG_INTERVAL == 0):
+            episode_return, episode_length = episode_return + reward, episode_length + 1
+            steps_per_second = (step - start) / (time.time() - began)
+            if metrics and step % LOG_INTERVAL == 0:
                 values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                if not all(map(math.isfinite, values.values())):
-                    raise UserError(f"training diverged at step {step:,}, lower --q-lr or the lambdas: {values}")
-                if step % LOG_INTERVAL == 0:
-                    for tag, value in values.items():
-                        writer.add_scalar(tag, value, step)
-                    writer.add_scalar("charts/SPS", (step - start) / (time.time() - began), step)
+                require(all(map(math.isfinite, values.values())), f"step {step:,}: {DIVERGED} ({values})")
+                log(values | {"charts/SPS": steps_per_second})
             if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
                 evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
-                for key in ("return_mean", "smoothness_mean", "oscillation"):
-                    writer.add_scalar(f"eval/{key.removesuffix('_mean')}", evaluation[key], step)
-                evaluation_line = f"eval return {evaluation['return_mean']:.1f}, sm {evaluation['smoothness_mean']:.3f}"
-                if not terminal:
-                    speed = (step - start) / (time.time() - began)
-                    print(f"step {step:,}: {evaluation_line}, {speed:.0f} steps/s", flush=True)
+                log({f"eval/{k.removesuffix('_mean')}": v for k, v in evaluation.items() if "std" not in k})
+                line = "step {:,}: eval return {return_mean:.1f}, sm {smoothness_mean:.3f}, {:.0f} steps/s"
+                tqdm.write(line.format(step, steps_per_second, **evaluation))
+                sys.stdout.flush()
             bar.update()
             if over:
-                writer.add_scalar("charts/episodic_return", episodic_return, step)
-                writer.add_scalar("charts/episodic_length", episodic_length, step)
-                bar.set_postfix_str(f"episode return {episodic_return:.1f} {evaluation_line}", refresh=False)
-                if step >= next_checkpoint:
+                log({"charts/episodic_return": episode_return, "charts/episodic_length": episode_length})
+                bar.set_postfix_str(f"episode return {episode_return:.1f}", refresh=False)
+                if step // args.checkpoint_interval > saved_at // args.checkpoint_interval:
                     save_checkpoint(run_dir, step, agent, buffer, env)
-                    next_checkpoint = (step // args.checkpoint_interval + 1) * args.checkpoint_interval
-                if step < args.total_timesteps and not stop_signal:  # else --resume does it, from the same random state
-                    observation, _ = env.reset()
-                episodic_return, episodic_length = 0.0, 0
-            if stop_signal:
+                    saved_at = step
+            if stop_signals:
                 break
         save_checkpoint(run_dir, step, agent, buffer, env)
         if step < args.total_timesteps:
             tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
-            raise SystemExit(128 + stop_signal)
-        summary = {"algorithm": SCRIPT} | {name: getattr(args, name) for name in ("env_id", *LAMBDAS, "seed")}
+            raise SystemExit(128 + stop_signals[0])
+        summary = {
+            "algorithm": SCRIPT,
+            **asdict(args),
+            "steps": step,
+            "steps_per_second": steps_per_second,
+            **evaluation,
+        }
         if args.autotune_curv:
-            summary["lambda_curv"] = (agent.log_lambda_curv.exp() * agent.gradient_scale).item()  # as found
-        summary |= {"steps": step, "steps_per_second": (step - start) / (time.time() - began)} | evaluation
+            summary["lambda_curv"] = (agent.lambda_curv * agent.gradient_scale).item()  # as found
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         tqdm.write(f"done: {run_dir}")
     finally:
-        bar.close()
-        writer.close()
-        env.close()
-        eval_env.close()
+        for resource in (bar, writer, env, eval_env):
+            resource.close()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return run_dir
 
 
-def parse_args() -> Args:
+def parse_args(settings=Args) -> Args:
     """The command line; with --resume, the run's own settings take the place of the defaults."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(settings, description=__doc__)
     if args.resume:
-        try:
-            saved = replace(Args(**load_checkpoint(args.resume)["args"]), resume=args.resume)
-        except TypeError as error:
-            raise UserError(f"--resume {args.resume} is of another version of {SCRIPT}.py ({error})") from error
-        args = tyro.cli(Args, description=__doc__, default=saved)
+        saved = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
+        args = tyro.cli(settings, description=__doc__, default=saved)
     return args
 
 
@@ -851,5 +631,3 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
