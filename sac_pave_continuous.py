@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch>=2.13.0", "gymnasium[mujoco]>=1.0.0", "mujoco>=3.2.0", "tyro>=1.0.0", "tensorboard>=2.18.0",
-#   "tqdm>=4.66.0"]
-# ///
 """SAC + PAVE: smooth policies by shaping the critic (arXiv 2601.22970); the actor's loss stays plain SAC.
 
 Where the action maximises Q, implicit differentiation gives da*/ds = -(d2Q/da2)^-1 d2Q/dsda. So the policy's Lipschitz
@@ -52,8 +47,7 @@ TUNED_LAMBDAS = {
     "Ant": (0.1, 0.0005, 1.0), "Humanoid": (0.1, 0.0005, 1.0), "Hopper": (2.0, 0.0005, 3.0),
     "Walker2d": (2.0, 0.005, 2.0), "HalfCheetah": (0.1, 0.1, 0.3),  # the last is ours (README)
 }  # fmt: skip
-UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
-LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
+LAMBDAS, UNTUNED_LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv"), (0.1, 0.1, 0.01)
 # --autotune-curv (ours): the paper's first two lambdas for SAC on Ant, and where lambda_curv starts and can end
 AUTOTUNE_LAMBDAS, LAMBDA_CURV_BOUNDS = (0.1, 0.0005, 0.01), (1e-4, 100.0)
 
@@ -73,7 +67,6 @@ class Args:
     policy_frequency: int = 1  # critic updates per actor update; the actor then makes as many steps, as in CleanRL
     autotune: bool = True  # tune the entropy coefficient alpha towards an entropy of -dim(action)
     alpha: float = 0.2  # fixed entropy coefficient, used with --no-autotune
-
     lambda_mpr: float | None = None  # weight of MPR; None: the tuned value for this env, or 0.1
     lambda_vfc: float | None = None  # weight of VFC; None: the tuned value for this env, or 0.1
     lambda_curv: float | None = None  # weight of Curv; None: the tuned value for this env, or 0.01
@@ -82,7 +75,6 @@ class Args:
     pave_batch_size: int | None = None  # rows of the minibatch that the PAVE terms use: unbiased, cheaper; None: all
     autotune_curv: bool = False  # tune lambda_curv; it and delta are then in units of the critic's action gradient
     target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below -delta
-
     cuda: bool = True  # use a CUDA device if there is one
     torch_deterministic: bool = True  # let torch use deterministic algorithms only
     compile: bool = True  # torch.compile the losses: some 40 s at the start, 5 s from its cache
@@ -124,20 +116,6 @@ def validate(args: Args) -> Args:
     return args
 
 
-class NormalizedAction(gym.ActionWrapper):
-    """The env with flat actions (d_a,) in [-1, 1]: PAVE's terms, and so its lambdas, are per unit of action."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.low, self.high = (np.float64(bound).ravel() for bound in (env.action_space.low, env.action_space.high))
-        self.action_space = gym.spaces.Box(-1, 1, self.low.shape)
-
-    def action(self, action):
-        """The action in the env's own units, shape and float type; clipped, since rounding can step over the bounds."""
-        env_action, space = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low), self.env.action_space
-        return np.clip(env_action, self.low, self.high).astype(space.dtype).reshape(space.shape)
-
-
 def finite(values) -> np.ndarray:
     """A copy (some envs change one array in place) in float32; UserError where a number isn't finite."""
     values = np.array(values, np.float32)
@@ -157,17 +135,24 @@ def make_env(env_id: str) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         raise UserError(f"cannot make --env-id {env_id}: {' '.join(str(error).split())}") from error
     actions, observations = env.action_space, env.observation_space
-    continuous = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
-    require(continuous, f"{env_id} has the action space {actions}; this script needs continuous actions, a float Box")
-    bounded = np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()
-    require(bounded, f"{env_id} has unbounded or locked actions ({actions}); register it with finite low < high")
+    usable = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
+    usable = usable and np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()
+    require(usable, f"{env_id} has the action space {actions}; this script needs a float Box with finite low < high")
     image = re.search(r"\d+, \d+, \d+\), uint8", str(observations))  # a Box, also inside a Dict or Tuple
-    vector = observations.is_np_flattenable and not image
-    require(vector, f"{env_id} observes {observations}; these networks need a vector, without images")
+    usable = observations.is_np_flattenable and not image
+    require(usable, f"{env_id} observes {observations}; these networks need a vector: no images, no varying length")
+    low, high = (np.float64(bound).ravel() for bound in (actions.low, actions.high))
+
+    def env_action(action):
+        """From flat in [-1, 1], the unit that the lambdas hang on, to the env's own; rounding stays in the bounds."""
+        action = np.clip(low + (np.float64(action) + 1) / 2 * (high - low), low, high)
+        return action.astype(actions.dtype).reshape(actions.shape)
+
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
     env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), finite, None)
-    return NormalizedAction(gym.wrappers.TransformReward(env, number))
+    env = gym.wrappers.TransformReward(env, number)
+    return gym.wrappers.TransformAction(env, env_action, gym.spaces.Box(-1, 1, low.shape))
 
 
 class ReplayBuffer:
@@ -176,12 +161,12 @@ class ReplayBuffer:
     def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
         self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
         size = 4 * capacity * sum(self.widths)
-        try:
-            if device.type == "cpu" and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-                raise MemoryError  # Linux would grant it, and kill the run once it is filled
-            self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        except (MemoryError, RuntimeError) as error:
-            raise UserError(f"no memory for a replay buffer of {size / 1e9:,.1f} GB: lower --buffer-size") from error
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        else:  # Linux would grant more, and kill the run once that is filled
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        require(size < memory, f"no memory for a replay buffer of {size / 1e9:,.1f} GB: lower --buffer-size")
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.position = self.size = 0
 
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
@@ -304,14 +289,8 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     states = torch.cat([observations + state_noise, next_observations])
     # the same a at every state: VFC is to see how the field turns with s, and Curv wants it to change with a
     noisy_gradient, next_gradient = action_gradient(q, states, torch.cat([actions, actions]))[0].chunk(2)
-    return PaveLosses(
-        mpr=(noisy_gradient - gradient).square().mean(),
-        vfc=(next_gradient - gradient).square().mean(),
-        curvature=torch.relu(vhv + delta).mean(),
-        vhv=vhv,
-        gradient=gradient,
-        q_values=q_values,
-    )
+    mpr, vfc = (noisy_gradient - gradient).square().mean(), (next_gradient - gradient).square().mean()
+    return PaveLosses(mpr, vfc, torch.relu(vhv + delta).mean(), vhv, gradient, q_values)
 
 
 # ----------------------------------------------------------------------------------------------------- the update
@@ -442,10 +421,9 @@ def smoothness(actions, fs=1.0):
     fs: sampling rate, 1 for cycles per step.
     """
     steps = len(actions)
-    if steps < 2:
-        return 0.0
     spectrum = np.abs(np.fft.rfft(np.reshape(actions, (steps, -1)), axis=0))[: steps // 2]
-    return float((2 / (steps * fs) * np.fft.rfftfreq(steps, 1 / fs)[: steps // 2] @ spectrum).mean())
+    frequencies = np.fft.rfftfreq(steps, 1 / fs)[: steps // 2]
+    return float((2 / (steps * fs) * frequencies @ spectrum).mean()) if steps > 1 else 0.0
 
 
 @torch.no_grad()
@@ -465,9 +443,8 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
             over = terminated or truncated
         oscillation = np.abs(np.diff(env_actions, axis=0)).mean() if len(rewards) > 1 else 0.0
         results.append((sum(rewards), smoothness(np.array(env_actions)), oscillation, len(rewards)))
-    (mean, sm, oscillation, length), (std, sm_std, *_) = np.mean(results, axis=0), np.std(results, axis=0)
-    values = {"return_mean": mean, "return_std": std, "smoothness_mean": sm, "smoothness_std": sm_std}
-    return values | {"oscillation": oscillation, "length_mean": length}
+    names = ("return_mean", "smoothness_mean", "oscillation", "length_mean", "return_std", "smoothness_std")
+    return dict(zip(names, [*np.mean(results, axis=0), *np.std(results, axis=0)], strict=False))
 
 
 def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
@@ -480,14 +457,14 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     sane = all(tensor.isfinite().all() for tensor in (*agent.parameters(), *moments))
     require(sane, f"step {step:,}: {DIVERGED} (a weight is not finite); the last checkpoint is untouched")
     about = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
-    bounds = {"action_low": torch.from_numpy(env.low).float(), "action_high": torch.from_numpy(env.high).float()}
+    low, high = (torch.as_tensor(env.action(sign * np.ones(env.action_space.shape))).flatten() for sign in (-1, 1))
     state = {
         "agent": agent.state_dict(), "optimizers": optimizers, "buffer_position": buffer.position,
         "buffer_rows": buffer.rows[: buffer.size].to("cpu", copy=True),  # a view would save the whole ring
         "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
     }  # fmt: skip
-    files = {"actor.pt": about | bounds | {"actor": agent.actor.state_dict()}, "checkpoint.pt": about | state}
-    for name, content in files.items():
+    robot = {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high}  # the bounds flat, as actions
+    for name, content in {"actor.pt": about | robot, "checkpoint.pt": about | state}.items():
         partial = run_dir / f"{name}.partial"
         try:
             torch.save(content, partial)
@@ -515,14 +492,12 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer) -> int:
     require(saved.env_id == args.env_id, f"--resume is a run on {saved.env_id}, --env-id is {args.env_id}")
     require(step < args.total_timesteps, f"--resume is at step {step:,} already: raise --total-timesteps to go on")
     require(len(rows) <= args.buffer_size, f"--resume holds {len(rows):,} transitions: raise --buffer-size")
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-        for name, optimizer in agent.optimizers.items():  # only its state: a flag may have changed the learning rate
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]})
-        buffer.rows[: len(rows)] = rows
-    except (RuntimeError, KeyError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(f"--resume does not fit this env, or another --autotune than its own: {cause}") from error
+    shapes, own = ({k: v.shape for k, v in state.items()} for state in (checkpoint["agent"], agent.state_dict()))
+    require(shapes == own, "--resume does not fit this env, or an --autotune flag differs from the run's")
+    agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in agent.optimizers.items():  # only its state: a flag may have changed the learning rate
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]})
+    buffer.rows[: len(rows)] = rows
     if args.autotune_curv and args.lambda_curv != saved.lambda_curv:
         agent.lambda_curv.fill_(args.lambda_curv)  # a new --lambda-curv is a new start
     buffer.size = len(rows)
@@ -638,10 +613,10 @@ def train(args: Args, make_agent=Agent) -> Path:
 def parse_args(settings=Args) -> Args:
     """The command line; with --resume, the run's own settings take the place of the defaults."""
     args = tyro.cli(settings, description=__doc__)
-    if args.resume:
-        saved = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
-        args = tyro.cli(settings, description=__doc__, default=saved)
-    return args
+    if not args.resume:
+        return args
+    saved = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
+    return tyro.cli(settings, description=__doc__, default=saved)
 
 
 if __name__ == "__main__":
