@@ -356,11 +356,11 @@ def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"
     +-1.5 in the normalised action on 50 x 50. Every run has its own (s, pi(s)), and the first one's pair and colours,
     clipped at its 99th percentile.
     """
-    shown, surfaces = distinct(open_runs(runs, labels)), []
+    shown, surfaces, pair = distinct(open_runs(runs, labels)), [], None
     for _, run in shown:
         played = play(run, episode)
         point = [torch.from_numpy(part[len(part) // 2]).double() for part in (played.observations, played.actions)]
-        pair = pair if surfaces else dominant_pair(run.critic, *point)
+        pair = pair or dominant_pair(run.critic, *point)
         surfaces.append(field_surface(run.critic, *point, pair))
     columns = min(len(shown), 2)
     rows = math.ceil(len(shown) / columns)

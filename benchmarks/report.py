@@ -35,27 +35,26 @@ ROOT = Path(__file__).resolve().parents[1]
 KEY = ["algorithm", "method", "env_id", "seed", "steps"]
 CELL = ["env_id", "steps", "algorithm", "method"]  # whose rows are seeds of one thing
 MEASURES = ["return_mean", "smoothness_mean", "length_mean", "oscillation"]
-CLAIMS = {"M/\u03bc": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "saturation": "saturation"}
-CLAIMS |= {f"{name}, k = 0.1": f"{column}@0.1" for name, column in (("return", "return_mean"), ("sm", "smoothness_mean"))}
+CLAIMS = {"M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "saturation": "saturation"}
+CLAIMS |= {"return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1"}
 FACTS = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]
 TEXTS = ["algorithm", "method", "env_id", "machine", "torch", "commit", "command", "missing"]
 UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 RESAMPLES = 10_000
-NONE = "\u2013"  # a dash
+NONE = "\u2013"
 
 NOTES = """A run is one number: the mean over its evaluation episodes ({episodes}; deterministic policy, the same starts
-for every run). So what is shown scatters over the seeds; which starts were chosen matters, too, and is in none of it:
-on Pendulum-v1 the mean return over ten starts scatters by 27.
+for every run). What is shown is the scatter over seeds; that of the starts stands in a line of each section.
 
 - **Fewer than ten seeds are shown as they are: median (lowest to highest).** That is no confidence interval. From ten
   seeds on it is the interquartile mean [95 % bootstrap interval].
-- **base**: the same agent with every \u03bb 0. **untuned**: \u03bb where the paper's search starts. **pave**: the paper's
-  tuned \u03bb. **auto**: `--autotune-curv`. **caps**: CAPS instead of PAVE.
+- **base**: the same agent with every λ 0. **untuned**: λ where the paper's search starts. **pave**: the paper's tuned
+  λ. **auto**: `--autotune-curv`. **caps**: CAPS instead of PAVE.
 - **sm** (lower is smoother) and oscillation, mean |a(t+1) - a(t)|, are in the env's action units. sm grows with the
   episode's length, so the length stands beside it. {none}: not recorded.
 - **P(smoother)**: the share of pairs, a seed of the method and a seed of base, in which the method's sm is lower.
-- **M/\u03bc**: the theorem's bound on the policy's slope; M: the largest \u2016\u2207\u00b2sa Q\u2016; NegDef: the share of visited
-  states where Q is concave in the action; k = 0.1: under observation noise of 0.1 standard deviations.
+- **M/μ**: the theorem's bound on the policy's slope; M: the largest ‖∇²sa Q‖; NegDef: the share of visited states
+  where Q is concave in the action; k = 0.1: under observation noise of 0.1 standard deviations.
 - **paper**: its own numbers (`benchmarks/paper/`), at its own number of steps.
 - Every other measure, one row a run, is in [runs.csv](runs.csv)."""
 
@@ -81,14 +80,14 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if lacking := [name for name in (*KEY, "return_mean", "smoothness_mean") if name not in rows]:
         raise UserError(f"{path} is no runs.csv of a report: it lacks {', '.join(lacking)}")
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "missing"])))
+    rows = rows.assign(missing=rows.get("missing"))
     numbers = [name for name in rows if name not in TEXTS]
     rows[numbers] = rows[numbers].apply(pd.to_numeric, errors="coerce")
-    done = rows["missing"].isna()
-    bad = rows[[*KEY]].isna().any(axis=1) & done | (done & ~np.isfinite(rows[["return_mean", "smoothness_mean"]]).all(axis=1))
+    needed = rows[["seed", "steps", "return_mean", "smoothness_mean"]]
+    bad = rows["missing"].isna() & (~np.isfinite(needed).all(axis=1) | rows[KEY].isna().any(axis=1))
     if bad.any():
         raise UserError(f"{path}, line {bad.idxmax() + 2}: a run's name, return or sm is empty or not a number")
-    return rows
+    return rows.astype(dict.fromkeys(("seed", "steps"), "Int64"))
 
 
 def read_cell(cell: Path, row: dict) -> dict:
@@ -97,7 +96,7 @@ def read_cell(cell: Path, row: dict) -> dict:
     for file in sorted(cell.glob("*/summary.json")) or sorted(cell.glob("*/*.pt")):
         try:
             run = load_run(file.parent)
-            row |= {"env_id": run.args.env_id, "steps": run.step, "missing": f"stopped at step {run.step:,}"}
+            row |= {"steps": run.args.total_timesteps, "missing": f"stopped at step {run.step:,}"}
             summary = json.loads(file.read_text()) if file.suffix == ".json" else {}
             if summary.get("steps") != run.step:
                 continue
@@ -105,9 +104,10 @@ def read_cell(cell: Path, row: dict) -> dict:
                 row["missing"] = "not evaluated yet (benchmarks/evaluate.py)"
                 continue
             facts = json.loads((cell / "cell.json").read_text()) if (cell / "cell.json").is_file() else {}
-            values = {"steps_per_second": summary["steps_per_second"]} | facts | flat(json.loads(evaluation.read_text()))
-            told = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
-            row |= told | {"method": run.method, "algorithm": run.algorithm, "seed": run.args.seed, "missing": None}
+            facts = {name: facts.get(name, summary.get(name)) for name in FACTS}
+            row |= facts | flat(json.loads(evaluation.read_text()))
+            row |= {"algorithm": run.algorithm, "method": run.method, "seed": run.args.seed, "steps": run.step}
+            row |= {"env_id": run.args.env_id, "missing": None}
         except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:  # what isn't whole doesn't count
             row["missing"] = " ".join(str(error).split()) or repr(error)
     return row
@@ -116,32 +116,41 @@ def read_cell(cell: Path, row: dict) -> dict:
 def read_sweep(folder: Path) -> pd.DataFrame:
     """A row for each cell of a sweep."""
     cells = [(path, re.fullmatch(r"(.+)__(sac|td3)__([^_]+)__(\d+)", path.name)) for path in sorted(folder.iterdir())]
-    names = "env_id", "algorithm", "method", "seed"
-    rows = [read_cell(path, dict(zip(names, match.groups(), strict=True))) for path, match in cells if match]
+    names, rows = ("env_id", "algorithm", "method", "seed"), []
+    for path, match in cells:
+        if match:
+            rows.append(read_cell(path, dict(zip(names, match.groups(), strict=True)) | {"seed": int(match[4])}))
     if not rows:
         raise UserError(f"{folder} is no sweep: it has no folder <env>__<sac|td3>__<method>__<seed>")
-    return pd.DataFrame(rows).astype({"seed": int})
+    rows = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in rows])
+    return rows.astype(dict.fromkeys(("seed", "steps"), "Int64"))
 
 
-def order(methods: pd.Series) -> pd.Series:
-    """Sort key of a column: base, pave, ..., then the ablation."""
-    return methods.map(lambda m: f"{plot.METHODS.index(m)}" if m in plot.METHODS else m) if methods.name == "method" else methods
+def order(column: pd.Series) -> pd.Series:
+    """The sort key of a column: methods in the order base, pave, ..., then the ablation's."""
+    ranks = {method: f"{i}" for i, method in enumerate(plot.METHODS)}
+    return column.map(lambda value: ranks.get(value, value)) if column.name == "method" else column
 
 
 def read_inputs(args: Args) -> pd.DataFrame:
     """Every run once, in order; UserError where two CSVs differ on a run."""
     tables = [read_csv(path) for path in args.csv]
-    rows = pd.concat(tables).drop_duplicates() if tables else pd.DataFrame(columns=KEY)
+    rows = pd.concat(tables).drop_duplicates() if tables else pd.DataFrame(columns=[*KEY, "missing"])
     if (twice := rows.duplicated(KEY)).any():
         raise UserError(f"the CSVs differ on {' '.join(map(str, rows.loc[twice, KEY].iloc[0]))}: give one of them")
-    rows = pd.concat([rows, *map(read_sweep, args.runs)]).drop_duplicates(KEY, keep="last")
+    sweeps = [read_sweep(folder) for folder in args.runs]
+    gone = [sweep[sweep["missing"].notna()] for sweep in sweeps]  # a run that a CSV has isn't missing
+    done = [sweep[sweep["missing"].isna()] for sweep in sweeps]
+    rows = pd.concat([*gone, rows, *done]).drop_duplicates(KEY, keep="last")
+    has = rows.loc[rows["missing"].isna(), KEY[:-1]].apply(tuple, axis=1)  # of unknown steps, too
+    rows = rows[rows["missing"].isna() | rows["steps"].notna() | ~rows[KEY[:-1]].apply(tuple, axis=1).isin(has)]
     if "return_mean" not in rows or rows["return_mean"].isna().all():
         first = f" (the first: {rows['missing'].iloc[0]})" if len(rows) else ""
         raise UserError(f"no finished run in {', '.join(map(str, args.csv + args.runs)) or 'no input'}{first}")
     measured = [name for name in rows if name not in KEY + FACTS]
     front = ["episodes", *MEASURES]  # the length beside sm
     columns = [*KEY, *front, *(name for name in measured if name not in front), *FACTS]
-    return rows.reindex(columns=columns).sort_values(CELL + ["seed"], key=order)
+    return rows.reindex(columns=columns).sort_values([*CELL, "seed"], key=order)
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -195,8 +204,8 @@ def p_told(ours, base) -> str:
     ours, base = ours.dropna().to_numpy(), base.dropna().to_numpy()
     if not len(ours) or not len(base):
         return NONE
-    found = interval([ours, base], p_lower)
-    return f"{p_lower(ours, base):.2f}" + (" [{:.2f}, {:.2f}]".format(*found) if found else f" of {ours.size * base.size}")
+    found, pairs = interval([ours, base], p_lower), ours.size * base.size
+    return f"{p_lower(ours, base):.2f}" + (" [{:.2f}, {:.2f}]".format(*found) if found else f" ({pairs} pairs)")
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -212,26 +221,27 @@ def paper(env_id: str, name: str) -> dict[tuple, pd.Series]:
 
 
 def unequal_lengths(rows: pd.DataFrame) -> str:
-    """A line where the methods' episodes are not about as long, or it isn't known; rows: of one env and number of steps."""
-    lengths = rows.groupby(["algorithm", "method"], sort=False)["length_mean"].median()
-    if lengths.isna().any():
+    """A line where the methods' episodes are not about as long, or it isn't known; rows: of one env."""
+    if (rows["missing"].isna() & rows["length_mean"].isna()).any():
         return "Episode lengths were not recorded for all: where episodes can end early, sm may not be comparable."
-    longest = lengths.max() / max(lengths.min(), 1e-9)
-    if longest <= UNEQUAL:
-        return ""
-    names = " and ".join(" ".join((key[0].upper(), key[1])) for key in (lengths.idxmin(), lengths.idxmax()))
-    return (f"**sm isn't comparable here**: the episodes of {names} differ in length ({lengths.min():,.0f} and "
-            f"{lengths.max():,.0f} steps). Compare the oscillation, which does not grow with the length.")  # fmt: skip
+    for algorithm, runs in rows.groupby("algorithm"):
+        lengths = runs.groupby("method")["length_mean"].median()
+        if lengths.max() > UNEQUAL * lengths.min():
+            told = " and ".join(f"{m} ({lengths[m]:,.0f} steps)" for m in (lengths.idxmin(), lengths.idxmax()))
+            told = f"**sm isn't comparable here**: episodes differ in length, as {algorithm.upper()} {told} do. "
+            return told + "Compare the oscillation, which does not grow with the length."
+    return ""
 
 
 def with_ends(rows: pd.DataFrame) -> pd.DataFrame:
     """The ablation's rows; where its two ends weren't run by themselves, base and pave stand in."""
     ends = {"base": "ablation-000", "pave": "ablation-111"}
     parts = rows[rows["method"].str.startswith("ablation")]
-    others = rows[rows["method"].isin(ends)].assign(method=lambda part: part["method"].replace(ends))
-    others = others[~others.set_index(["algorithm", "method"]).index.isin(parts.set_index(["algorithm", "method"]).index)]
-    others = others[others["algorithm"].isin(parts["algorithm"])]
-    return pd.concat([parts, others]).sort_values(CELL + ["seed"])
+    others = rows[rows["method"].isin(ends) & rows["algorithm"].isin(parts["algorithm"])]
+    others = others.assign(method=others["method"].replace(ends))
+    own = set(zip(parts["algorithm"], parts["method"], strict=True))
+    others = others[[cell not in own for cell in zip(others["algorithm"], others["method"], strict=True)]]
+    return pd.concat([parts, others]).sort_values([*CELL, "seed"])
 
 
 def tables(rows: pd.DataFrame, base: str = "base") -> str:
@@ -244,11 +254,13 @@ def tables(rows: pd.DataFrame, base: str = "base") -> str:
         plain = rows[(rows["algorithm"] == algorithm) & (rows["method"] == base) & rows["missing"].isna()]
         count = f"{len(done)} of {len(seeds)}" if len(done) < len(seeds) else f"{len(seeds)}"
         line = {"algorithm": algorithm.upper(), "method": method, "seeds": count}
-        result = dict(zip(("return", "sm", "episode length", "oscillation"), (told(done[m]) for m in MEASURES), strict=True))
+        names = ("return", "sm", "episode length", "oscillation")
+        result = {name: told(done[measure]) for name, measure in zip(names, MEASURES, strict=True)}
         pairs = {"P(smoother)": "smoothness_mean"} | ({} if comparable else {"P(oscillates less)": "oscillation"})
         result |= {name: NONE if method == base else p_told(done[m], plain[m]) for name, m in pairs.items()}
-        row = quoted.get((algorithm, method), {})
-        result |= {f"paper: {name}": row.get(f"{key}_mean", NONE) for name, key in (("return", "return"), ("sm", "sm"))} if quoted else {}
+        if quoted:
+            row = quoted.get((algorithm, method), {})
+            result |= {f"paper: {name}": row.get(f"{name}_mean", NONE) for name in ("return", "sm")}
         results.append(line | result)
         claims.append(line | {name: told(done[column]) for name, column in CLAIMS.items() if column in done})
     return "\n\n".join(markdown(pd.DataFrame(part)) for part in (results, claims))
@@ -264,13 +276,14 @@ def different_settings(rows: pd.DataFrame) -> list[str]:
     for (env_id, steps, algorithm, method), seeds in rows[rows["missing"].isna()].groupby(CELL, sort=False):
         commands = seeds["command"].fillna("not recorded").map(flags)
         groups = seeds.groupby(commands.map(lambda words: " ".join(words)), sort=False)["seed"]
-        if groups.ngroups > 1 or seeds["episodes"].nunique(dropna=False) > 1:
-            common = set.intersection(*map(set, commands))
-            sides = [f"seeds {' '.join(map(str, part))}: `{' '.join(w for w in command.split(' ') if w not in common) or 'no more'}`"
-                     for command, part in groups]  # fmt: skip
-            if seeds["episodes"].nunique(dropna=False) > 1:
-                sides.append("evaluated over " + " or ".join(f"{n:g}" for n in seeds["episodes"].unique()) + " episodes")
-            lines.append(f"- {algorithm.upper()} {method} on {env_id}, {steps:,} steps: " + "; ".join(sides))
+        episodes = [f"{n:g}" for n in seeds["episodes"].unique()]
+        if groups.ngroups > 1 or len(episodes) > 1:
+            common, sides = set.intersection(*map(set, commands)), []
+            for command, some in groups if groups.ngroups > 1 else ():
+                own = " ".join(word for word in command.split(" ") if word not in common)
+                sides.append(f"seeds {' '.join(map(str, some))} `{own or 'no more flags'}`")
+            sides += [f"evaluated over {' or '.join(episodes)} episodes"] if len(episodes) > 1 else []
+            lines.append(f"- {algorithm.upper()} {method} on {env_id}, {steps:,} steps: {'; '.join(sides)}")
     return lines
 
 
@@ -285,7 +298,8 @@ def flags(command: str) -> list[str]:
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
     """sm of each run of the methods proper, of each env at its largest number of steps that has a base."""
-    rows = rows[rows["missing"].isna() & rows["method"].isin(plot.METHODS) & ~rows["env_id"].str.startswith("benchmarks.")]
+    rows = rows[rows["missing"].isna() & rows["method"].isin(plot.METHODS)]
+    rows = rows[~rows["env_id"].str.startswith("benchmarks.")]  # one env in other units counts once
     has_base = rows[rows["method"] == "base"].groupby(["algorithm", "env_id"])["steps"].max()
     largest = rows.set_index(["algorithm", "env_id"]).index.map(has_base)
     return rows[rows["steps"].to_numpy() == largest.to_numpy()]
@@ -293,8 +307,9 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 def shared(has: dict[str, set]) -> list[tuple[list[str], list[str]]]:
     """has: env -> its methods. Every (methods, the envs that have them all) of two envs or more, widest first."""
-    sets = {frozenset.intersection(*map(frozenset, some)) for n in (1, 2, 3) for some in itertools.combinations(has.values(), n)}
-    found = [(sorted(methods, key=plot.METHODS.index), [env for env in has if methods <= has[env]]) for methods in sets]
+    sets = {frozenset(methods) for methods in has.values()}
+    sets |= {a & b for a, b in itertools.product(sets, sets)}
+    found = [(sorted(s, key=plot.METHODS.index), [env for env in has if s <= has[env]]) for s in sets]
     found = [(methods, envs) for methods, envs in found if len(envs) > 1 and len(methods) > 1]
     return sorted(found, key=lambda pair: (-len(pair[1]), -len(pair[0]), pair[0]))
 
@@ -316,7 +331,8 @@ def summary(rows: pd.DataFrame) -> list[str]:
                 line = {"algorithm": algorithm.upper(), "method": method, "over the envs": text}
                 line["P(smoother)"] = f"{np.mean([p_lower(*pair) for pair in pairs]):.2f}"
                 for env, (ours, base) in zip(envs, pairs, strict=True):
-                    ratio = f"{iqm(ours) / iqm(base):.2f} ({ours.min() / base.max():.2f} to {ours.max() / base.min():.2f})"
+                    spread = f"{ours.min() / base.max():.2f} to {ours.max() / base.min():.2f}"
+                    ratio = f"{iqm(ours) / iqm(base):.2f} ({spread})"
                     line[env + " *" * (env in odd)] = ratio
                 lines.append(line)
             parts.append(markdown(pd.DataFrame(lines)))
@@ -324,7 +340,7 @@ def summary(rows: pd.DataFrame) -> list[str]:
         "sm of the method over sm of base, interquartile means of the seeds; below 1 is smoother. Each table has the "
         "envs that all of its methods share, every env weighs the same (geometric mean, mean of P). In brackets: over "
         "all pairs of a seed of the method and one of base, so base's own row shows how much base itself scatters. "
-        "*: episode lengths differ, so sm isn't comparable there."
+        "*: episode lengths differ, so sm isn't comparable there. Variants of an env in benchmarks/ don't count."
     )
     return ["## Summary: sm relative to base, over the envs", note, *parts] if parts else []
 
@@ -358,15 +374,17 @@ def saturation_figure(rows: pd.DataFrame) -> plt.Figure | None:
         return None
     runs = medians(rows)
     centres = runs.groupby(["algorithm", "env_id", "method"])[["saturation", "smoothness_mean"]].median()
-    base = centres.xs("base", level="method").reindex(centres.index.droplevel("method"))
-    points = pd.DataFrame({"x": base["saturation"].to_numpy(), "y": (centres["smoothness_mean"].to_numpy() / base["smoothness_mean"]).to_numpy()}, centres.index)
+    base = centres.xs("base", level="method").reindex(centres.index.droplevel("method")).set_axis(centres.index)
+    points = pd.DataFrame({"x": base["saturation"], "y": centres["smoothness_mean"] / base["smoothness_mean"]})
     points = points.drop(index="base", level="method").dropna()
     if points.empty:
         return None
     figure, axis = plt.subplots(figsize=(plot.WIDTH * 0.67, 4.2))
     looks = plot.looks(plot.METHODS)
     for (algorithm, env_id, method), (x, y) in points.iterrows():
-        axis.scatter(x, y, s=50, label=method, facecolor=looks[method]["color"] if algorithm == "sac" else "none", edgecolor=looks[method]["color"], marker=looks[method]["marker"])
+        colour, marker = looks[method]["color"], looks[method]["marker"]
+        face = colour if algorithm == "sac" else "none"
+        axis.scatter(x, y, s=50, label=method, facecolor=face, edgecolor=colour, marker=marker)
         axis.annotate(env_id.partition("-v")[0], (x, y), (5, 3), textcoords="offset points", fontsize=7)
     axis.axhline(1, color="#999999", linewidth=0.8)
     axis.set(xlabel="saturation of base's actions", ylabel="sm / base's sm\n(below 1: smoother)")
@@ -374,6 +392,16 @@ def saturation_figure(rows: pd.DataFrame) -> plt.Figure | None:
     axis.legend(handles.values(), handles.keys(), fontsize=8)
     axis.set_title("what base saturates, and what PAVE gains (filled: SAC, open: TD3; medians)", fontsize=9)
     return figure
+
+
+def starts(rows: pd.DataFrame) -> str:
+    """How much a run's mean return depends on which starts its episodes have: their standard error."""
+    if "return_std" not in rows or rows["return_std"].isna().all():
+        return ""
+    error = (rows["return_std"] / np.sqrt(rows["episodes"])).median()
+    return (
+        f"Other starts would move the return of a run by some ±{number(error)} (standard error over its episodes).\n\n"
+    )
 
 
 def section(rows: pd.DataFrame, title: str, folder: Path) -> list[str]:
@@ -389,7 +417,7 @@ def section(rows: pd.DataFrame, title: str, folder: Path) -> list[str]:
     plain, ablation = (part[~part["method"].str.startswith("ablation")] for part in (rows, done)), with_ends(rows)
     whole, finished = plain
     if len(whole):
-        parts.append(tables(whole))
+        parts.append(starts(done) + tables(whole))
     if len(finished):
         measures = ("smoothness_mean", *(("oscillation",) if "isn't comparable" in parts[1] else ()))
         text = "return against smoothness (dots: seeds, large: their median)"
@@ -425,9 +453,9 @@ def main(args: Args) -> None:
         for (env_id, steps), part in rows.groupby(["env_id", "steps"]):
             parts += section(part, f"{env_id}, {steps:,.0f} steps", args.output)
     lines = different_settings(rows)
-    parts += ["## Seeds that were trained differently", "\n".join(lines) or "None: the seeds of a row share one command."]
+    parts += ["## Seeds trained differently", "\n".join(lines) or "None: the seeds of a row share one command."]
     gone = rows[rows["missing"].notna()]
-    lines = [f"- {row.algorithm.upper()} {row.method} on {row.env_id}, seed {row.seed}: {row.missing}" for row in gone.itertuples()]
+    lines = [f"- {r.algorithm.upper()} {r.method} on {r.env_id}, seed {r.seed}: {r.missing}" for r in gone.itertuples()]
     parts += ["## Missing", "\n".join(lines) or "Nothing."]
     parts += ["## How the runs were made", "Each run's command, commit, machine and torch are in [runs.csv](runs.csv)."]
     contents = "\n".join(link(part.removeprefix("## ")) for part in parts if part.startswith("## "))

@@ -1,4 +1,4 @@
-"""benchmarks/plot.py and video.py: each figure from tiny runs, the field's protocol, one clear line on bad input."""
+"""benchmarks/plot.py and video.py: groups, seeds, the field, videos from one start, one line on bad input."""
 
 import json
 import os
@@ -8,37 +8,45 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from gymnasium.envs.classic_control import PendulumEnv
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3
 
 plt = pytest.importorskip("matplotlib.pyplot", reason="needs benchmarks/requirements.txt")
 
-from benchmarks import evaluate, plot  # noqa: E402
+from benchmarks import plot  # noqa: E402
 
-COMMANDS = ("field", "actions", "curves", "robustness", "tradeoff")
+COMMANDS = ("field", "actions", "curves", "tradeoff", "noise")
 BASE = {"lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0}
+LEVELS = (0.01, 0.025, 0.05, 0.1)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of tiny runs, by name; `other` is on another env and was never evaluated."""
+    """Folders of tiny runs, by name; `other` is on another env, and was never evaluated."""
     settings = {"env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "batch_size": 32}
     settings |= {"buffer_size": 1000, "eval_interval": 100, "eval_episodes": 1, "compile": False}
     settings["output_dir"] = str(tmp_path_factory.mktemp("runs"))
-    other = {"env_id": "MountainCarContinuous-v0", "total_timesteps": 200, "eval_episodes": 0}
+    untuned = dict(zip(sac.LAMBDAS, sac.UNTUNED_LAMBDAS, strict=True))
     folders = {
         "base": sac.train(sac.Args(**settings | BASE)),
         "base_2": sac.train(sac.Args(**settings | BASE | {"seed": 2})),
+        "base_slow": sac.train(sac.Args(**settings | BASE | {"seed": 3, "q_lr": 1e-4})),
         "pave": sac.train(sac.Args(**settings)),
+        "untuned": sac.train(sac.Args(**settings | untuned)),
+        "auto": sac.train(sac.Args(**settings | {"autotune_curv": True})),
         "td3": td3.train(td3.Args(**settings | BASE)),
-        "other": sac.train(sac.Args(**settings | BASE | other)),
     }
-    evaluate.main(evaluate.Args(runs=tuple(folders[name] for name in ("base", "base_2", "pave", "td3")), episodes=1))
+    for i, folder in enumerate(folders.values()):
+        noise = {str(k): {"return_mean": -100.0 - i - k, "smoothness_mean": 0.1 + k} for k in LEVELS}
+        values = {"return_mean": -100.0 - i, "smoothness_mean": 0.1, "length_mean": 200.0, "robustness": noise}
+        (folder / "evaluation.json").write_text(json.dumps(values))
+    other = {"env_id": "MountainCarContinuous-v0", "total_timesteps": 200, "eval_episodes": 0}
+    folders["other"] = sac.train(sac.Args(**settings | BASE | other))
     return {name: str(folder) for name, folder in folders.items()}
 
 
@@ -51,10 +59,6 @@ def figures(monkeypatch):
     plt.close("all")
 
 
-def read(run: str, name: str) -> dict:
-    return json.loads((Path(run) / name).read_text())
-
-
 def fails(program, arguments, capsys) -> str:
     """The one line with which program.main(arguments) ends, exit code 2."""
     with pytest.raises(SystemExit) as ended:
@@ -64,7 +68,7 @@ def fails(program, arguments, capsys) -> str:
     return lines[0]
 
 
-# -------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------- figures and groups
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,53 +80,62 @@ def test_each_command_draws(command, runs, tmp_path):
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
 
 
-@pytest.mark.parametrize("extension, start", [("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_extension_chooses_the_format(extension, start, runs, tmp_path):
-    output = tmp_path / f"figure.{extension}"
-    plot.main(["tradeoff", runs["base"], runs["pave"], "--labels", "one", "two", "--output", str(output)])
-    assert output.read_bytes().startswith(start)
+def test_groups_are_by_method_and_algorithm_never_by_folder(runs, tmp_path):
+    """All folders renamed to one name: the runs themselves say what they are."""
+    names = ("base", "base_2", "pave", "untuned", "auto", "td3")
+    paths = [Path(shutil.copytree(runs[name], tmp_path / str(i) / "pave")) for i, name in enumerate(names)]
+    groups = {label: len(seeds) for label, seeds in plot.group(plot.open_runs(paths)).items()}
+    assert groups == {"SAC base": 2, "SAC pave": 1, "SAC untuned": 1, "SAC auto": 1, "TD3 base": 1}
 
 
-def test_labels_group_the_seeds(runs, figures):
-    plot.main(["curves", runs["base"], runs["pave"], runs["base_2"]])
-    plot.main(["robustness", runs["base"], runs["pave"], runs["base_2"], "--labels", "a", "b", "a"])
-    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
-    assert legends == [["SAC (2 seeds)", "SAC + PAVE (1 seed)"], ["a (2 seeds)", "b (1 seed)"]]
+def test_different_settings_are_no_seeds_of_one_group(runs, figures, capsys):
+    both = [runs["base"], runs["base_slow"]]
+    assert "differ in q_lr" in fails(plot, ["curves", *both], capsys)
+    plot.main(["curves", *both, "--labels", "a", "a"])  # the user's own grouping holds, and is told
+    assert "warning: the runs of a differ in q_lr" in capsys.readouterr().err
+    plot.main(["curves", *both, "--labels", "a", "b"])
+    assert capsys.readouterr().err == ""
 
 
-def test_curves_are_the_mean_over_seeds_at_common_steps(runs, figures):
+def test_seeds_are_thin_lines_and_their_median_below_ten(runs, figures):
     plot.main(["curves", runs["base"], runs["base_2"]])
-    (line,) = figures[0].axes[0].lines
-    assert line.get_xdata().tolist() == [100, 200, 300]
-    final = [read(runs[name], "summary.json")["return_mean"] for name in ("base", "base_2")]
-    assert line.get_ydata()[-1] == pytest.approx(np.mean(final), rel=1e-5)
+    axis = figures[0].axes[0]
+    values = [[json.loads((Path(runs[n]) / "summary.json").read_text())["return_mean"]] for n in ("base", "base_2")]
+    assert axis.lines[0].get_xdata().tolist() == [100, 200, 300] and len(axis.lines) == 3 and not axis.collections
+    assert axis.lines[0].get_ydata()[-1] == pytest.approx(np.median(values), rel=1e-5)
+    assert [line.get_ydata()[-1] for line in axis.lines[1:]] == pytest.approx(np.ravel(values), rel=1e-5)
+    assert [a.get_ylabel().split()[0] for a in figures[0].axes] == ["return", "sm", "steps"]  # the length beside sm
+    seeds = np.arange(33.0).reshape(11, 3)
+    plot.draw_seeds(axis := plt.figure().gca(), [0, 1, 2], seeds, {"color": "k"}, "many")
+    assert len(axis.lines) == 1 and len(axis.collections) == 1
+    assert axis.lines[0].get_ydata().tolist() == [15, 16, 17]
 
 
-def test_curves_of_any_tag(runs, figures):
-    plot.main(["curves", runs["base"], "--tags", "charts/episodic_length", "eval/smoothness", "eval/oscillation"])
-    assert [axis.get_ylabel() for axis in figures[0].axes] == [
-        "charts/episodic_length",
-        plot.SMOOTHNESS,
-        plot.OSCILLATION,
-    ]
-    assert figures[0].axes[0].lines[0].get_ydata().tolist() == [200]
-    with pytest.raises(SystemExit, match="2"):
-        plot.main(["curves", runs["base"], "--tags", "losses/lambda_curv"])
-
-
-def test_curves_of_a_tag_may_mix_envs(runs, figures):
-    """As for one env in two scales of its rewards."""
+def test_curves_of_any_tag_may_mix_envs(runs, figures, capsys):
     plot.main(["curves", runs["base"], runs["other"], "--tags", "losses/qf_loss", "--labels", "one", "two"])
     assert len(figures[0].axes[0].lines) == 2
     assert figures[0].get_suptitle() == "Pendulum-v1, MountainCarContinuous-v0: training"
+    assert "losses/lambda_curv" in fails(plot, ["curves", runs["base"], "--tags", "losses/lambda_curv"], capsys)
 
 
-def test_robustness_starts_without_noise(runs, figures):
-    plot.main(["robustness", runs["td3"]])
-    values = read(runs["td3"], "evaluation.json")
-    for axis, key in zip(figures[0].axes, ("return_mean", "smoothness_mean"), strict=True):
-        assert axis.lines[0].get_xdata() == pytest.approx([0, 0.01, 0.025, 0.05, 0.1])
-        assert axis.lines[0].get_ydata()[[0, -1]] == pytest.approx([values[key], values["robustness"]["0.1"][key]])
+def test_tradeoff_and_noise_show_every_seed(runs, figures):
+    plot.main(["tradeoff", runs["base"], runs["base_2"], runs["pave"]])
+    dots, median = figures[0].axes[0].collections[:2]
+    assert dots.get_offsets().tolist() == [[0.1, -100], [0.1, -101]] and median.get_offsets().tolist() == [
+        [0.1, -100.5]
+    ]
+    assert figures[0].axes[0].get_legend().get_texts()[0].get_text() == "SAC base, 200 steps"
+    plot.main(["noise", runs["base"], runs["base_2"]])
+    line = figures[1].axes[0].lines[0]
+    assert line.get_xdata() == pytest.approx([0, *LEVELS])
+    assert line.get_ydata() == pytest.approx([-100.5 - k for k in (0, *LEVELS)])
+
+
+def test_a_method_keeps_its_colour():
+    both, one = plot.looks(["base", "auto"]), plot.looks(["auto"])
+    assert both["auto"] == one["auto"] == plot.looks(["SAC auto"])["SAC auto"] != both["base"]
+    assert len({look["color"] for look in plot.looks(["SAC base", "TD3 base"]).values()}) == 2
+    assert plot.noise_figure(pd.DataFrame({"algorithm": ["sac"], "method": ["base"]}), "") is None
 
 
 def test_spectrum_of_a_sine():
@@ -143,21 +156,14 @@ def test_dominant_pair_is_the_largest_mixed_derivative(float64):
     assert plot.dominant_pair(critic, torch.zeros(3), torch.zeros(2)) == (2, 1)
 
 
-def test_field_sweeps_the_pair_around_the_point(float64):
+def test_field_sweeps_the_pair_and_shows_the_norm_of_the_full_matrix(float64):
     point = torch.tensor([7.0, 0.5, 7.0]), torch.tensor([7.0, -0.25])
     surface = plot.field_surface(lambda s, a: s[:, 1] ** 2 * a[:, 1], *point, (1, 1))
-    assert surface.shape == (50, 50)
     assert surface == pytest.approx(np.broadcast_to(2 * np.abs(np.linspace(-0.5, 1.5, 50)), (50, 50)))
     surface = plot.field_surface(lambda s, a: s[:, 1] * a[:, 1] ** 2, *point, (1, 1))
     assert surface == pytest.approx(np.broadcast_to(2 * np.abs(np.linspace(-1.75, 1.25, 50)), (50, 50)).T)
-    assert point[0].tolist() == [7.0, 0.5, 7.0]  # untouched
-
-
-def test_field_height_is_the_norm_of_the_full_matrix(float64):
-    surface = plot.field_surface(
-        lambda s, a: 3 * s[:, 0] * a[:, 0] + 4 * s[:, 1] * a[:, 0], torch.zeros(2), torch.zeros(1), (1, 0)
-    )
-    assert surface == pytest.approx(np.full((50, 50), 5.0))
+    surface = plot.field_surface(lambda s, a: 3 * s[:, 0] * a[:, 0] + 4 * s[:, 1] * a[:, 0], *point, (1, 0))
+    assert surface == pytest.approx(np.full((50, 50), 5.0)) and point[0].tolist() == [7.0, 0.5, 7.0]
 
 
 def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeypatch):
@@ -171,10 +177,8 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
     plot.main(["field", runs["td3"], runs["base"], runs["pave"]])
     assert [pair for _, pair in drawn] == [drawn[0][0]] * 3
     panels = [axis for axis in figures[0].axes if axis.name == "3d"]
-    assert len(panels) == 3
     for panel in panels:
-        assert panel.get_zlim()[0] == 0 and panel.get_zlim() == panels[0].get_zlim()
-        assert panel.get_zlim()[1] >= 3 * 2499
+        assert panel.get_zlim() == panels[0].get_zlim() and panel.get_zlim()[1] >= 3 * 2499
         norm = panel.collections[0].norm
         assert (norm.vmin, norm.vmax) == (0, pytest.approx(np.quantile(np.arange(2500), 0.99)))
 
@@ -182,99 +186,98 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_bad_runs(command, runs, tmp_path, capsys):
-    assert "at least one run" in fails(plot, [command], capsys)
-    assert "not a run folder" in fails(plot, [command, tmp_path], capsys)
-    assert "different envs" in fails(plot, [command, runs["base"], runs["other"]], capsys)
-    assert "2 --labels for 1 run" in fails(plot, [command, runs["base"], "--labels", "a", "b"], capsys)
-    broken = shutil.copytree(runs["base"], tmp_path / "broken")
-    os.truncate(broken / "checkpoint.pt", 1000)
-    assert "checkpoint.pt" in fails(plot, [command, broken], capsys)
-
-
-def test_missing_or_damaged_results(runs, tmp_path, capsys):
-    assert "eval/return" in fails(plot, ["curves", runs["other"]], capsys)
-    assert "evaluate.py" in fails(plot, ["robustness", runs["other"]], capsys)
-    broken = shutil.copytree(runs["base"], tmp_path / "broken")
-    for content in ('{"return_mean": 1', "{}", "[]"):
-        (broken / "evaluation.json").write_text(content)
-        for command in ("robustness", "tradeoff"):
-            assert "evaluat" in fails(plot, [command, broken], capsys)
-    (broken / "evaluation.json").unlink()
-    plot.main(["tradeoff", str(broken), "--output", str(tmp_path / "figure.png")])  # from summary.json
-    for file in broken.glob("events*"):
-        os.truncate(file, 50)
-    assert "eval/return" in fails(plot, ["curves", broken], capsys)
-
-
-def test_bad_settings(runs, tmp_path, capsys):
+def test_bad_runs_and_settings(runs, tmp_path, capsys):
     run = runs["base"]
+    for command in COMMANDS:
+        assert "at least one run" in fails(plot, [command], capsys)
+        assert "different envs" in fails(plot, [command, run, runs["other"]], capsys)
+    assert "2 --labels for 1 run" in fails(plot, ["field", run, "--labels", "a", "b"], capsys)
     assert "figure.xyz" in fails(plot, ["tradeoff", run, "--output", tmp_path / "figure.xyz"], capsys)
     assert "nowhere" in fails(plot, ["tradeoff", run, "--output", tmp_path / "nowhere" / "figure.png"], capsys)
     assert "--episode" in fails(plot, ["field", run, "--episode", "-1"], capsys)
     assert "--dimension" in fails(plot, ["actions", run, "--dimension", "1"], capsys)
     assert "--steps" in fails(plot, ["actions", run, "--steps", "0"], capsys)
     assert "8 lines" in fails(plot, ["tradeoff", *[run] * 8, "--labels", *"abcdefgh"], capsys)
+    broken = Path(shutil.copytree(run, tmp_path / "broken"))
+    for content in ('{"return_mean": 1', "{}", "[]"):
+        (broken / "evaluation.json").write_text(content)
+        assert "evaluate.py" in fails(plot, ["noise", broken], capsys)
+    for file in broken.glob("events*"):
+        os.truncate(file, 50)
+    assert "eval/return" in fails(plot, ["curves", broken], capsys)
 
 
-def test_the_program_ends_with_one_line(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "plot.py", "field", tmp_path]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 2 and "not a run folder" in process.stderr and "Traceback" not in process.stderr
+@pytest.mark.parametrize("start", [["benchmarks/plot.py"], ["-m", "benchmarks.plot"]])
+def test_the_program_ends_with_one_line(start, tmp_path):
+    process = subprocess.run([sys.executable, *start, "field", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr and str(tmp_path) in process.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- video
 
 
 @pytest.fixture
-def video(monkeypatch):
-    for module in ("pygame", "imageio_ffmpeg"):
+def video():
+    for module in ("pygame", "imageio", "imageio_ffmpeg"):
         pytest.importorskip(module, reason=f"rendering needs {module}, see benchmarks/requirements.txt")
     from benchmarks import video
 
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))  # Pendulum needs no probing
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     return video
 
 
 @pytest.mark.parametrize("extension, marks", [("mp4", b"ftyp"), ("gif", b"GIF89a")])
 def test_video(video, extension, marks, runs, tmp_path):
     output = tmp_path / f"video.{extension}"
-    video.main([runs["base"], runs["pave"], "--steps", "3", "--output", str(output)])
-    assert marks in output.read_bytes()[:16] and output.stat().st_size > 5000
+    video.main([runs["base"], runs["pave"], "--steps", "30", "--width", "300", "--output", str(output)])
+    assert marks in output.read_bytes()[:16]
+    pictures = video.iio.imread(output)
+    assert pictures.shape[0] == 20 and pictures.shape[2] == 300  # a second of the env's 30 fps, at 20 fps
+    assert (pictures[0] != pictures[-1]).any()
 
 
-def test_video_keeps_a_picture_per_step(video, runs):
-    episode, frames, fps = video.record(evaluate.load_run(runs["base"]), episode=1, steps=7)
-    assert len(frames) == 7 and len(episode.actions) == 200 and fps == 30
-    assert frames[0].shape == (500, 500, 3) and (frames[0] != frames[6]).any()
+def test_both_films_have_one_start_and_it_is_evaluates(video, runs, monkeypatch):
+    from benchmarks.common import load_run
+
+    films = [video.record(load_run(runs[name]), episode=1, steps=4) for name in ("base", "pave")]
+    first = plot.play(load_run(runs["base"]), 1)
+    assert films[0].start.tolist() == films[1].start.tolist() == first.observations[0].tolist()
+    assert np.array_equal(*(np.asarray(film.frames[0]) for film in films))
+    assert not np.array_equal(*(np.asarray(film.frames[3]) for film in films))
+    assert films[0].env_actions == pytest.approx(first.env_actions[:4]) and len(films[0].frames) == 4
+    assert films[0].fps == 30 and films[0].rewards == pytest.approx(first.rewards[:4])
 
 
-def test_video_names_the_missing_package(video, runs, monkeypatch, tmp_path, capsys):
-    def render(self):
-        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+def test_the_trace_below_is_that_of_the_steps_so_far(video):
+    frame = video.Image.new("RGB", (100, 100), "white")
+    film = video.Film([frame] * 11, np.linspace(-1, 1, 11)[:, None], [0.0] * 11, np.zeros(1), 30)
+    short = film._replace(frames=[frame] * 3, env_actions=film.env_actions[:3])
+    reach = []
+    for step in (2, 10):
+        picture = video.compose({"a": film, "b": short}, step, 400, 0, (-1.0, 1.0))
+        marks = [np.argwhere((half[-48:] != 255).any(-1)) for half in np.hsplit(np.asarray(picture), 2)]
+        reach.append([part[:, 1].max() for part in marks])
+        assert marks[0][:, 0].max() > 38  # begins low: -1
+    assert reach[0][0] == reach[0][1] == reach[1][1] < 60 and reach[1][0] > 190  # one that ended stays as it is
 
-    monkeypatch.setattr(PendulumEnv, "render", render)
-    assert "libegl1" in fails(video, [runs["base"], "--output", tmp_path / "video.gif"], capsys)
+
+def test_a_gif_gets_narrower_until_it_fits(video, runs, tmp_path, capsys):
+    output = tmp_path / "video.gif"
+    arguments = [runs["base"], "--steps", "12", "--width", "400", "--output", str(output), "--megabytes"]
+    video.main([*arguments, "0.01"])
+    assert output.stat().st_size <= 10_000 and 100 < video.iio.imread(output).shape[2] < 400
+    assert "lower --steps" in fails(video, [*arguments, "0.0001"], capsys)
 
 
-def test_video_bad_settings(video, runs, tmp_path, capsys):
+def test_video_bad_settings(video, runs, tmp_path, capsys, monkeypatch):
     run = runs["base"]
     assert ".mp4 or .gif" in fails(video, [run, "--output", tmp_path / "video.avi"], capsys)
     assert "nowhere" in fails(video, [run, "--output", tmp_path / "nowhere" / "video.gif"], capsys)
-    assert "--steps" in fails(video, [run, "--steps", "0"], capsys)
+    for name, value in (("steps", 0), ("fps", 0), ("width", 10), ("colours", 1), ("episode", -1)):
+        assert f"--{name}" in fails(video, [run, f"--{name}", value], capsys)
     assert "different envs" in fails(video, [run, runs["other"]], capsys)
 
+    def render(self):
+        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
 
-@pytest.mark.parametrize("works, chosen", [({"egl", "osmesa"}, "egl"), ({"osmesa"}, "osmesa"), (set(), "egl")])
-def test_rendering_backend_is_the_first_that_works(video, works, chosen, monkeypatch):
-    def run(command, env, **_):
-        return subprocess.CompletedProcess(command, env["MUJOCO_GL"] not in works)
-
-    monkeypatch.delenv("MUJOCO_GL")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(subprocess, "run", run)
-    video.set_up_rendering()
-    assert os.environ.get("MUJOCO_GL") == chosen
+    monkeypatch.setattr("gymnasium.envs.classic_control.PendulumEnv.render", render)
+    assert "libegl1" in fails(video, [run, "--output", tmp_path / "video.gif"], capsys)

@@ -1,198 +1,123 @@
-"""benchmarks/throughput.py and schemes.py: all sides compute the same, they take turns, one line on bad input."""
+"""benchmarks/throughput.py: what is timed is the agent's own work, sides take turns, one line on bad input."""
 
 import csv
-import functools
-import importlib.util
+import itertools
 import json
+import sys
 
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
+pytest.importorskip("pandas", reason="needs benchmarks/requirements.txt")
 
-from benchmarks import evaluate, schemes, throughput
-
-TINY = {"env_id": "Pendulum-v1", "batch_size": 8, "buffer_size": 2000, "compile": False}
+from benchmarks import common, throughput
 
 
 @pytest.fixture(autouse=True)
 def torch_settings(monkeypatch):
-    """prepare() sets torch up for the whole process: put it back. One thread: the machine may have other work."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads, dynamic = torch.get_num_threads(), torch._dynamo.config.automatic_dynamic_shapes
-    torch.set_num_threads(1)
+    """prepare() sets torch up for the whole process: put it back."""
+    threads, limit = torch.get_num_threads(), torch._dynamo.config.recompile_limit
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch._dynamo.config.automatic_dynamic_shapes = dynamic
+    torch._dynamo.config.recompile_limit = limit
 
 
-def test_the_naive_reference_computes_what_the_script_does(script, float64):
-    results = []
-    for module in (script, throughput.script_of(script.SCRIPT, "naive")):
-        agent, buffer = throughput.make_agent(module, TINY | {"pave_batch_size": 6}, throughput.Args())
-        torch.manual_seed(2)
-        batch = [part.double() for part in buffer.sample(8)]
-        state_noise, probe = 0.1 * torch.randn(6, 17), module.rademacher_like(batch[2][:6])
-        agent.critics.requires_grad_(module is not script)  # the naive one goes through torch.autograd
-        inputs = batch, torch.randn(8, 6), state_noise, probe
-        if module is script:
-            gradients, (loss, metrics) = agent.gradients("critics", agent.critic_loss, *inputs)
-            gradients = gradients.values()
-        else:
-            loss, metrics = agent.critic_loss(*inputs)
-            gradients = torch.autograd.grad(loss, agent.critics.parameters())
-        results.append([loss.detach(), *(value.detach() for value in metrics.values()), *gradients])
-    assert module is not script and module.pave_losses is throughput.naive_pave_losses
-    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+def tiny(tmp_path, **changes):
+    settings = {"env_id": "Pendulum-v1", "rounds": 2, "seconds": 0.01, "output_dir": tmp_path, "compile": False}
+    return throughput.Args(**settings | changes)
 
 
-@pytest.mark.parametrize("side", ["PAVE", "naive"])
-def test_a_timed_update_is_one_of_the_agent(script, side, monkeypatch):
-    agents, make_agent = [], throughput.make_agent
-    monkeypatch.setattr(throughput, "make_agent", lambda *a, **k: agents.append(made := make_agent(*a, **k)) or made)
-    update = throughput.update(
-        throughput.script_of(script.SCRIPT, side), TINY, throughput.Args(), hidden=32, action_dim=2
-    )
-    ((agent, _),) = agents
-    assert agent.critics[0].net[2].weight.shape == (32, 32) and agent.critics[0].net[0].in_features == 17 + 2
-    parts = {name: value for name, value in agent.named_parameters() if not name.startswith("optimizers.")}
-    before = [parameter.clone() for parameter in parts.values()]
-    update(), update()  # TD3's actor has the second one
-    assert not any(map(torch.equal, before, parts.values()))
+@pytest.mark.parametrize("side", throughput.SIDES)
+def test_a_side_does_the_agents_own_updates_and_steps(script, side, tmp_path, monkeypatch):
+    calls = {"update": [], "explore": 0, "add": 0, "rows": set()}
+    update, explore, add = script.Agent.update, script.Agent.explore, script.ReplayBuffer.add
 
+    def counted_update(agent, batch, update_actor):
+        calls["update"].append(update_actor)
+        calls["rows"].add(agent.pave_rows)
+        return update(agent, batch, update_actor)
 
-def test_naive_updates_reach_the_parameters_of_the_scripts(script):
-    agents = []
-    for side in ("PAVE", "naive"):
-        module = throughput.script_of(script.SCRIPT, side)
-        agent, buffer = throughput.make_agent(module, TINY, throughput.Args())
-        torch.manual_seed(3)
-        for step in range(4):
-            agent.update(buffer.sample(8), step % 2 == 0)
-        agents.append(agent)
-    for part in ("critics", "actor", "critic_targets"):
-        for x, y in zip(*(getattr(agent, part).parameters() for agent in agents), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("scheme", schemes.SCHEMES)
-def test_every_scheme_has_the_gradients_of_the_scripts(scheme, stacked):
-    sizes = {"batch": 8, "sizes": (3, 2)}
-    reference = schemes.step(*schemes.twin_loss(schemes.pave_losses, False, torch.float64, **sizes))
-    gradients = schemes.step(*schemes.twin_loss(schemes.SCHEMES[scheme], stacked, torch.float64, **sizes))
-    assert schemes.error(gradients, reference) < 1e-12
-
-
-def test_schemes_that_torch_cannot_run_or_that_are_wrong_are_left_out(monkeypatch, tmp_path, capsys):
-    def broken(*_):
-        raise RuntimeError("no such derivative\nand a long trace")
-
-    def wrong(q, *rest):
-        return schemes.pave_losses(q, *rest)._replace(mpr=torch.zeros(()))
-
-    eager = schemes.pave_losses
-    monkeypatch.setattr(schemes, "SCHEMES", {"reverse over reverse": eager, "broken": broken, "wrong": wrong})
-    monkeypatch.setattr(schemes, "twin_loss", functools.partial(schemes.twin_loss, batch=8, sizes=(3, 2)))
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(schemes, "milliseconds", lambda sides, *_: {side: [1.0, 3.0, 2.0] for side in sides})
-    schemes.main(throughput.Settings(output_dir=tmp_path))
-    printed = capsys.readouterr().out
-    assert "no such derivative" in printed and "long trace" not in printed and "gradients are off" in printed
-    timed = [row["side"] for row in json.loads((tmp_path / "schemes.json").read_text())["rows"] if row["value"] == 2]
-    assert set(timed) == {"floor", *(f"reverse over reverse, {how}" for how in (
-        "two calls, eager", "two calls, compiled", "stacked, eager", "stacked, compiled"))}  # fmt: skip
+    monkeypatch.setattr(script.Agent, "update", counted_update)
+    monkeypatch.setattr(script.Agent, "explore", lambda *a: calls.update(explore=calls["explore"] + 1) or explore(*a))
+    monkeypatch.setattr(script.ReplayBuffer, "add", lambda *a: calls.update(add=calls["add"] + 1) or add(*a))
+    monkeypatch.setattr(throughput, "FILL", 210)  # past the end of an episode
+    does = throughput.our_side(script, throughput.SIDES[side], tiny(tmp_path))
+    assert (calls["update"], calls["explore"], calls["add"]) == ([], 0, 210)
+    does["updates/s"](4)
+    assert len(calls["update"]) == 4 and calls["add"] == 210
+    assert sum(calls["update"]) == 4 // script.Args().policy_frequency
+    does["env steps/s"](3)
+    assert (len(calls["update"]), calls["explore"], calls["add"]) == (7, 3, 213)
+    assert calls["rows"] == {{"λ=0": 0, "64 rows": 64, "PAVE": 256}[side]}
 
 
 def test_sides_take_turns():
     order = []
-    sides = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    samples = throughput.alternate(sides, 4)
+    turns = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    assert throughput.alternate(turns, 4) == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
     assert "".join(order) == "abcbcacababc"
-    assert samples == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
 
 
-def test_a_training_moves_in_its_turns_only(monkeypatch, tmp_path):
-    settings = TINY | {"output_dir": str(tmp_path), "cuda": False}
-    with throughput.training("td3_pave_continuous", "naive", settings) as (seconds, turn):
-        assert seconds > 0
-        assert all(0 < turn(steps) < 1e5 for steps in (1, 7, 20))
-    (run,) = tmp_path.iterdir()  # train() itself ran, up to the point where no more turns came
-    assert "td3_pave_continuous" in run.name
-
-
-def test_a_training_that_fails_is_one_line(tmp_path):
-    settings = TINY | {"output_dir": str(tmp_path), "env_id": "NoSuchEnv-v0"}
-    with (
-        pytest.raises(evaluate.UserError, match=r"td3_pave_continuous, side PAVE, ended"),
-        throughput.training("td3_pave_continuous", "PAVE", settings),
-    ):
-        pass
+def test_a_rate_is_per_second_and_a_turn_is_even(tmp_path, monkeypatch):
+    done, clock = [], itertools.count()
+    assert throughput.rate(lambda n: torch.linalg.matrix_norm(torch.randn(300, 300)), 7) > 7
+    monkeypatch.setattr(throughput, "rate", lambda function, n: function(n) or float(next(clock)) + 101.0)
+    samples = throughput.measure({"a": done.append}, tiny(tmp_path, seconds=1), "")
+    assert done == [20, 10, 100, 100] and samples == {"a": [102.0, 103.0]}  # warm-up, its length, two even turns
 
 
 def test_values_are_medians_and_ratios_are_taken_within_a_round():
-    samples = {"base": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 4.0]}
-    base, other = throughput.rows("update", "sac_pave_continuous", samples, "ms", ("base", "absent"))
-    assert (base.value, base.min, base.max, base.ratio) == (2, 1, 4, 1)
-    assert (other.value, other.ratio, other.ratio_to) == (4, 2, "base")
-    assert throughput.rows("start", "", samples, "s")[0][-4:] == ("", None, 1, 4)
+    plain, pave = throughput.rows("sac", "updates/s", {"λ=0": [4.0, 2.0, 1.0], "PAVE": [1.0, 1.0, 1.0]})
+    assert (plain["median"], plain["min"], plain["max"], plain["/ λ=0"]) == (2, 1, 4, 1)
+    assert pave["/ λ=0"] == 0.5  # the median of 1/4, 1/2 and 1
+    assert throughput.rows("", "x", {"reference matmuls": [3.0]})[0]["/ λ=0"] is None
 
 
-@pytest.mark.parametrize("peers", [False, True])
-def test_every_section_prints_and_writes_its_numbers(monkeypatch, tmp_path, capsys, peers):
-    for name in ("update", "critic_loss", "floor"):
-        monkeypatch.setattr(throughput, name, lambda *_, **__: None)
-    monkeypatch.setattr(throughput, "milliseconds", lambda sides, *_: {side: [2.0, 1.0] for side in sides})
-    monkeypatch.setattr(throughput, "training", FakeTraining)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
-    throughput.main(throughput.Args(output_dir=tmp_path, rounds=2, cold=True, peers=peers))
-    content = json.loads((tmp_path / "throughput.json").read_text())
-    assert {"machine", "threads", "torch", "date", "commit", "command"} <= content["machine"].keys()
+@pytest.mark.parametrize("device, sb3", [("cpu", False), ("cuda", True)])
+def test_the_table_and_its_files(tmp_path, monkeypatch, capsys, device, sb3):
+    for name in ("our_side", "sb3_side"):
+        monkeypatch.setattr(throughput, name, lambda *_: {"updates/s": None, "env steps/s": None})
+    monkeypatch.setattr(throughput, "measure", lambda functions, *_: {side: [2.0, 1.0] for side in functions})
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: sb3 or None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    throughput.main(tiny(tmp_path, device=device))
+    printed = capsys.readouterr().out
     with open(tmp_path / "throughput.csv") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(content["rows"])
-    assert {line["section"] for line in lines} == {"update", "start", "training", "loss", "scaling"}
-    sides = {line["side"] for line in lines if line["section"] == "training"}
-    assert sides == {"λ=0", "PAVE", "PAVE-64", "naive"} | ({"SB3"} if peers else set())
-    points = {line["parameter"] for line in lines if line["section"] == "scaling"}
-    assert {"hidden=1024", "batch=4096", "action_dim=64"} < points and len(points) == 13
-    assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    printed = capsys.readouterr().out
-    assert "| TD3 " in printed and "/ naive" in printed and ("/ SB3" in printed) == peers
-
-
-class FakeTraining:
-    """In place of throughput.training: every turn is as fast."""
-
-    def __init__(self, name, side, settings):
-        throughput.SCRIPTS[name].validate(throughput.SCRIPTS[name].Args(**settings))
-
-    def __enter__(self):
-        return 9.0, lambda steps: float(steps)
-
-    def __exit__(self, *_):
-        pass
+    content = json.loads((tmp_path / "throughput.json").read_text())
+    assert len(lines) == len(content["rows"]) == (2 * 2 * (3 + sb3) + (device == "cpu"))
+    assert {"threads", "command", "torch", "machine"} <= content["machine"].keys()
+    assert ("42 reference matmuls/s" in printed) == (device == "cpu") and ("SB3" in printed) == sb3
+    assert "floor" not in printed.lower()
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    "changes, line",
     [
         ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
         ({"threads": -1}, "--threads is -1; it must be at least 1"),
+        ({"seconds": 0.0}, "--seconds is 0.0"),
         ({"device": "cuda"}, "no CUDA device"),
-        ({"peers": True}, "pip install stable-baselines3"),
-        ({"output_dir": "file/results"}, "file"),
+        ({"env_id": "NoSuchEnv-v0"}, "NoSuchEnv"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys, changes, line):
-    (tmp_path / "file").touch()
-    if "output_dir" in changes:
-        changes = {"output_dir": tmp_path / changes["output_dir"]}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as ended, evaluate.user_errors():
-        throughput.main(throughput.Args(**{"output_dir": tmp_path} | changes))
-    message = capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended, common.user_errors():
+        throughput.main(tiny(tmp_path, **changes))
+    message = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and line in message and len(message.splitlines()) == 1
+
+
+def test_stable_baselines3_is_measured_with_our_sizes(script, tmp_path, monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setattr(throughput, "FILL", 300)
+    does = throughput.sb3_side(script, tiny(tmp_path))
+    model = does["updates/s"].func.__self__
+    before = model._n_updates, model.num_timesteps
+    does["updates/s"](3)
+    does["env steps/s"](5)
+    assert (model._n_updates - before[0], model.num_timesteps - before[1]) == (8, 5)
+    assert model.batch_size == 256 and sys.modules["stable_baselines3"]
