@@ -116,18 +116,6 @@ def validate(args: Args) -> Args:
     return args
 
 
-def finite(values) -> np.ndarray:
-    """A copy (some envs change one array in place) in float32; UserError where a number isn't finite."""
-    values = np.array(values, np.float32)
-    require(np.isfinite(values).all(), "the env returned a NaN or infinite observation or reward")
-    return values
-
-
-def number(reward) -> float:
-    require(np.size(reward) == 1, f"the env returned a reward of shape {np.shape(reward)}; it must be one number")
-    return finite(reward).item()
-
-
 def make_env(env_id: str) -> gym.Env:
     """The env with actions in [-1, 1] and flat raw observations; UserError where a continuous policy can't act."""
     try:
@@ -135,9 +123,8 @@ def make_env(env_id: str) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         raise UserError(f"cannot make --env-id {env_id}: {' '.join(str(error).split())}") from error
     actions, observations = env.action_space, env.observation_space
-    usable = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
-    usable = usable and np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()
-    require(usable, f"{env_id} has the action space {actions}; this script needs a float Box with finite low < high")
+    usable = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f" and actions.is_bounded()
+    require(usable, f"{env_id} has the action space {actions}; this script needs a float Box with finite bounds")
     image = re.search(r"\d+, \d+, \d+\), uint8", str(observations))  # a Box, also inside a Dict or Tuple
     usable = observations.is_np_flattenable and not image
     require(usable, f"{env_id} observes {observations}; these networks need a vector: no images, no varying length")
@@ -147,6 +134,15 @@ def make_env(env_id: str) -> gym.Env:
         """From flat in [-1, 1], the unit that the lambdas hang on, to the env's own; rounding stays in the bounds."""
         action = np.clip(low + (np.float64(action) + 1) / 2 * (high - low), low, high)
         return action.astype(actions.dtype).reshape(actions.shape)
+
+    def finite(values):
+        values = np.array(values, np.float32)  # a copy: some envs change one array in place
+        require(np.isfinite(values).all(), "the env returned a NaN or infinite observation or reward")
+        return values
+
+    def number(reward):
+        require(np.size(reward) == 1, f"the env returned a reward of shape {np.shape(reward)}; it must be one number")
+        return finite(reward).item()
 
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
@@ -161,10 +157,8 @@ class ReplayBuffer:
     def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
         self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
         size = 4 * capacity * sum(self.widths)
-        if device.type == "cuda":
-            memory = torch.cuda.mem_get_info(device)[0]
-        else:  # Linux would grant more, and kill the run once that is filled
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # Linux grants more, and kills the run later
+        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
         require(size < memory, f"no memory for a replay buffer of {size / 1e9:,.1f} GB: lower --buffer-size")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.position = self.size = 0
@@ -177,19 +171,16 @@ class ReplayBuffer:
         self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """B rows, each drawn on its own, so that the first n are as fair a sample (--pave-batch-size): s (B, d_s),
-        s' (B, d_s), the true last observation where an episode ends, a (B, d_a), rewards (B,), terminations (B,).
-        """
+        """B rows, each drawn on its own, so that the first n are as fair a sample (--pave-batch-size): s, s' (B, d_s),
+        the true last one where an episode ends; a (B, d_a); rewards, terminations (B,)."""
         rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
         observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
         return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
     """Two hidden layers of SiLU: Curv needs a second derivative, and ReLU's is zero."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
-    )
+    return nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, outputs))
 
 
 class QNetwork(nn.Module):
@@ -237,8 +228,8 @@ def action_gradient(q, observations, actions):
     def total(a):
         q_values = q(observations, a)
         if q_values.shape != a.shape[:1]:
-            cure = "q(s, a).squeeze(-1)" if q_values.shape == (len(a), 1) else "one critic at a time, one value a row"
-            raise ValueError(f"q must return shape ({len(a)},), not {tuple(q_values.shape)}: pass {cure}")
+            cure = "squeeze(-1)" if q_values.shape == (len(a), 1) else "give one critic, one value a row"
+            raise ValueError(f"q must return shape ({len(a)},), not {tuple(q_values.shape)}: {cure}")
         return q_values.sum(), q_values  # rows are independent, so the sum's gradient is each row's own
 
     return torch.func.grad(total, has_aux=True)(actions)
@@ -273,15 +264,14 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
     q: one critic, any callable (B, d_s), (B, d_a) -> (B,): smooth (SiLU, not ReLU), rows independent and repeatable (no
-        batch norm, no dropout), nn.GroupNorm(1, H) for nn.LayerNorm(H), the same function, since torch's gradient of
-        Curv through LayerNorm is wrong (pytorch#175754). Compile the function that calls pave_losses, not q
+        batch norm, no dropout); nn.GroupNorm(1, H), not nn.LayerNorm(H): Curv's gradient there is wrong (pytorch#175754)
     observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
     state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
     Returns mpr, vfc, curvature (), to weigh and add; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a),
     grad_a Q(s, a); q_values (B,), Q(s, a), so that the TD loss needs no second forward pass. Gradients flow to the
     parameters of `q` through every term. Means are over the batch and the action dimensions: a squared norm would be
     d_a times larger, and need a lambda d_a times smaller. ValueError under autocast: MPR subtracts nearly equal
-    gradients, and bf16 (or TF32) loses the difference.
+    gradients, and bf16 (or TF32) loses the difference. Compile the function that calls pave_losses, not `q`.
     """
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
@@ -322,13 +312,14 @@ class Agent(nn.Module):
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
-            mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
+            mode = (
+                "reduce-overhead" if device.type == "cuda" else "default"
+            )  # on CUDA, replay the losses as CUDA graphs
             try:
                 torch.compile(torch.sin)(torch.ones(8, device=device))  # fails where there is no C++ compiler, say
                 self.backward = torch.compile(self.backward, fullgraph=True, mode=mode)
             except Exception as error:
-                cause = str(error).strip().partition("\n")[0]
-                tqdm.write(f"warning: torch.compile does not work here, going on without it ({cause})", sys.stderr)
+                tqdm.write(f"warning: going on without torch.compile, which fails here ({error!r:.200})", sys.stderr)
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
@@ -339,12 +330,10 @@ class Agent(nn.Module):
 
     def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
-        args, (observations, _, actions, _, _) = self.args, batch
+        args, n, (observations, _, actions, _, _) = self.args, self.pave_rows, batch
         # noise is drawn here and not in what is compiled, so that eager and compiled runs draw the same
-        target_noise, state_noise, probe = torch.randn_like(actions), None, None
-        if self.pave_rows:
-            state_noise = args.mpr_sigma * torch.randn_like(observations[: self.pave_rows])
-            probe = rademacher_like(actions[: self.pave_rows])
+        target_noise = torch.randn_like(actions)
+        state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
 
         metrics = self.backward(self.critic_loss, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
@@ -418,8 +407,7 @@ class Agent(nn.Module):
 def smoothness(actions, fs=1.0):
     """sm of one episode (CAPS, Mysore et al. 2021), lower is smoother: the mean over action dimensions of
     2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2; 0.0 if T < 2. actions: (T,) or (T, d_a) in the env's own units;
-    fs: sampling rate, 1 for cycles per step.
-    """
+    fs: sampling rate, 1 for cycles per step."""
     steps = len(actions)
     spectrum = np.abs(np.fft.rfft(np.reshape(actions, (steps, -1)), axis=0))[: steps // 2]
     frequencies = np.fft.rfftfreq(steps, 1 / fs)[: steps // 2]
@@ -428,9 +416,7 @@ def smoothness(actions, fs=1.0):
 
 @torch.no_grad()
 def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
-    """Return, sm, oscillation (mean |a_t+1 - a_t|) and length of the deterministic policy, always from the same starts,
-    in an env from make_env; sm and oscillation are in the env's own action units.
-    """
+    """Return, sm, oscillation (mean |a_t+1 - a_t|), both in env action units, and length: no noise, the same starts."""
     device, results = next(actor.parameters()).device, []
     for episode in range(episodes):
         observation, _ = env.reset(seed=10_000 + episode)
@@ -448,10 +434,8 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
 
 
 def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
-    """Write actor.pt (what a robot needs) and checkpoint.pt: all that the rest of a run depends on at an episode's end,
-    so that a resumed one is bit-identical: networks, targets, optimizers, replay, and torch's generators, from which
-    the episodes' seeds are drawn, too.
-    """
+    """Write actor.pt (for a robot) and checkpoint.pt: networks, targets, optimizers, replay, and torch's generators,
+    which also seed the episodes: all that the next episode depends on, so that a resumed run is bit-identical."""
     optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
     moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
     sane = all(tensor.isfinite().all() for tensor in (*agent.parameters(), *moments))
@@ -478,12 +462,10 @@ def load_checkpoint(path: str, settings=Args) -> dict:
     """Read a checkpoint.pt of this script; weights_only, so it can't execute code. UserError for any other file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT or "buffer_rows" not in checkpoint:
-            raise ValueError("another script's, or no checkpoint")
+        require(checkpoint["script"] == SCRIPT and "buffer_rows" in checkpoint, "another script's, or no checkpoint")
         return checkpoint | {"args": settings(**checkpoint["args"])}
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise UserError(f"--resume cannot use {path} ({cause}): give a checkpoint.pt of {SCRIPT}.py") from error
+        raise UserError(f"--resume cannot use {path} ({error!r:.200}): give a checkpoint.pt of {SCRIPT}.py") from error
 
 
 def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer) -> int:
@@ -527,12 +509,9 @@ def train(args: Args, make_agent=Agent) -> Path:
         writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
     except OSError as error:
         raise UserError(f"cannot write to {run_dir} ({error}): choose another --output-dir or copy the run") from error
-    settings = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")
+    writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
     if env.spec.max_episode_steps == MAX_EPISODE_STEPS:
-        tqdm.write(
-            f"episodes are cut at {MAX_EPISODE_STEPS:,} steps; register the env with max_episode_steps to change it"
-        )
+        tqdm.write(f"no time limit: episodes are cut at {MAX_EPISODE_STEPS:,} steps; max_episode_steps changes it")
     if args.compile:
         tqdm.write("the first updates wait for torch.compile, a minute or so (--no-compile: no wait, slower updates)")
 
@@ -591,13 +570,7 @@ def train(args: Args, make_agent=Agent) -> Path:
         if step < args.total_timesteps:
             tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
             raise SystemExit(128 + stop_signals[0])
-        summary = {
-            "algorithm": SCRIPT,
-            **asdict(args),
-            "steps": step,
-            "steps_per_second": steps_per_second,
-            **evaluation,
-        }
+        summary = asdict(args) | {"algorithm": SCRIPT, "steps": step, "steps_per_second": steps_per_second} | evaluation
         if args.autotune_curv:
             summary["lambda_curv"] = (agent.lambda_curv * agent.gradient_scale).item()  # as found
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -613,10 +586,10 @@ def train(args: Args, make_agent=Agent) -> Path:
 def parse_args(settings=Args) -> Args:
     """The command line; with --resume, the run's own settings take the place of the defaults."""
     args = tyro.cli(settings, description=__doc__)
-    if not args.resume:
-        return args
-    saved = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
-    return tyro.cli(settings, description=__doc__, default=saved)
+    if args.resume:
+        saved = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
+        args = tyro.cli(settings, description=__doc__, default=saved)
+    return args
 
 
 if __name__ == "__main__":
