@@ -14,7 +14,7 @@ MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a for small sigma; VFC sees d2Q/dsda alo
 least for a Q that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
-    python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3: no PAVE code runs
+    python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3, bit for bit
 """
 
 import copy
@@ -255,7 +255,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
     q: one critic, any callable (B, d_s), (B, d_a) -> (B,): smooth (SiLU, not ReLU), rows independent and repeatable (no
-        batch norm, no dropout); nn.GroupNorm(1, H), not nn.LayerNorm(H): Curv's gradient there is wrong (pytorch#175754)
+        batch norm, no dropout); nn.GroupNorm(1, H), not nn.LayerNorm(H): its Curv gradient is wrong (pytorch#175754)
     observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
     state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
     Returns mpr, vfc, curvature (), to weigh and add; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a),

@@ -71,19 +71,15 @@ def move_targets(targets, online, tau):
 
 
 def test_with_all_lambdas_zero_it_is_the_plain_algorithm(script, float64, monkeypatch):
-    for function in ("pave_losses", "hutchinson_trace", "rademacher_like", "action_gradient"):
-        monkeypatch.setattr(script, function, None)  # calling it would raise: no PAVE code may run
+    for function in ("pave_losses", "hutchinson_trace", "action_gradient"):
+        monkeypatch.setattr(script, function, None)  # calling it would raise
     agent, batch = make_agent(script), make_batch()
     reference = copy.deepcopy(agent)
-    for part in (reference.critics, reference.actor, *([reference.log_alpha] if hasattr(agent, "log_alpha") else ())):
-        part.requires_grad_()
     torch.manual_seed(2)
     metrics = agent.update(batch, update_actor=True)
     torch.manual_seed(2)
     (plain_sac_update if script.SCRIPT.startswith("sac") else plain_td3_update)(reference, batch)
     for (name, ours), (_, plain) in zip(agent.named_parameters(), reference.named_parameters(), strict=True):
-        if name.startswith("optimizers."):
-            continue  # the reference has torch's
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     assert not {"losses/mpr", "geometry/curvature"} & metrics.keys()
 
@@ -100,10 +96,10 @@ def test_pave_adds_its_weighted_terms_of_both_critics(script, float64):
     torch.testing.assert_close(loss, plain_loss + added)
     torch.testing.assert_close(metrics["losses/qf_loss"], plain_metrics["losses/qf_loss"])
     torch.testing.assert_close(metrics["losses/mpr"], (terms[0].mpr + terms[1].mpr) / 2)
-    traces = torch.cat([t.trace for t in terms])
-    assert 0 < (traces < 0).sum() < len(traces)
-    torch.testing.assert_close(metrics["geometry/curvature"], traces.mean())
-    assert metrics["geometry/concave_fraction"].item() == pytest.approx((traces < 0).double().mean().item())
+    vhv = torch.cat([t.vhv for t in terms])
+    assert 0 < (vhv < 0).sum() < len(vhv)
+    torch.testing.assert_close(metrics["geometry/curvature"], vhv.mean())
+    assert metrics["geometry/concave_fraction"].item() == pytest.approx((vhv < 0).double().mean().item())
 
 
 def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(script, float64):
@@ -135,21 +131,15 @@ def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64, au
 def test_without_a_compiler_it_warns_and_runs_eagerly(script, monkeypatch, capsys):
     def broken_compile(function, **options):
         def call(*inputs):
-            raise RuntimeError("no C++ compiler\nlong story")
+            raise RuntimeError("no C++ compiler")
 
         return call
 
     monkeypatch.setattr(torch, "compile", broken_compile)
-    agent, eager = make_agent(script, compile=True), make_agent(script)
-    for a in (agent, eager):
-        torch.manual_seed(5)
-        for step in range(2):
-            a.update(make_batch(), step % 2 == 0)
-    assert all(torch.equal(x, y) for x, y in zip(agent.parameters(), eager.parameters(), strict=True))
-    warning = capsys.readouterr().err
-    assert "torch.compile does not work here" in warning
-    assert "(no C++ compiler)" in warning
-    assert "long story" not in warning
+    make_agent(script, compile=True).update(make_batch(), True)
+    assert (
+        "going on without torch.compile, which fails here (RuntimeError('no C++ compiler'))" in capsys.readouterr().err
+    )
 
 
 def test_only_a_termination_cuts_the_target(script, float64):
@@ -177,20 +167,6 @@ def test_sac_log_prob_equals_torch_distributions(float64):
     assert log_prob.isfinite().all()
 
 
-def test_adam_is_that_of_torch(script, float64):
-    torch.manual_seed(0)
-    ours = [torch.randn(3, 4), torch.randn(5)]
-    theirs = [parameter.clone().requires_grad_() for parameter in ours]
-    mine, optimizer = script.Adam(ours, lr=0.01).requires_grad_(False), torch.optim.Adam(theirs, lr=0.01)
-    for _ in range(20):
-        for parameter in theirs:
-            parameter.grad = torch.randn_like(parameter)
-        mine.step(ours, [parameter.grad for parameter in theirs])
-        optimizer.step()
-    for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x, y.detach(), rtol=1e-12, atol=1e-12)
-
-
 def test_fixed_alpha_stays_fixed():
     import sac_pave_continuous as script
 
@@ -206,19 +182,27 @@ def test_td3_moves_its_actor_and_targets_only_when_told():
     before = copy.deepcopy(agent.state_dict())
     metrics = agent.update(make_batch(), update_actor=False)
     moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"critics", "optimizers"}
+    assert moved == {"critics"}
     assert "losses/actor_loss" not in metrics
     agent.update(make_batch(), update_actor=True)
     moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"critics", "critic_targets", "actor", "actor_target", "optimizers"}
+    assert moved == {"critics", "critic_targets", "actor", "actor_target"}
 
 
-def test_explored_actions_stay_in_bounds(script):
+@pytest.mark.parametrize("scale", [0.0, 100.0])
+def test_exploration_scatters_inside_the_bounds(script, scale):
     agent = make_agent(script)
-    for _ in range(50):
-        action = agent.explore(np.full(STATES, 100.0))
-        assert action.shape == (ACTIONS,)
-        assert np.abs(action).max() <= 1
+    actions = np.array([agent.explore(np.full(STATES, scale)) for _ in range(50)])
+    assert actions.shape == (50, ACTIONS) and np.abs(actions).max() <= 1
+    if scale == 0:  # TD3 adds 0.1; SAC's standard deviation starts near 1, before tanh
+        assert (0.4 if script.SCRIPT.startswith("sac") else 0.07) < actions.std(axis=0).mean() < 0.8
+
+
+def test_an_actor_update_leaves_no_gradient_behind(script):
+    agent = make_agent(script, lambda_mpr=1.0)
+    agent.update(make_batch(), True)
+    assert all(parameter.grad is None for parameter in agent.parameters())
+    assert all(parameter.requires_grad for parameter in agent.critics.parameters())
 
 
 def test_buffer_wraps_around_and_keeps_the_newest(script):
@@ -242,14 +226,9 @@ def test_half_full_buffer_gives_only_what_was_added(script):
     assert not buffer.sample(50)[4].any()
 
 
-@pytest.mark.parametrize("rows", [10**13])
-def test_buffer_larger_than_memory_is_refused_with_its_size(script, rows):
-    with pytest.raises(script.UserError, match=r"needs 280,?000\.0 GB.*--buffer-size"):
-        script.ReplayBuffer(rows, 2, 1, CPU)
-
-
-def test_buffer_larger_than_the_gpu_stays_in_host_memory_and_says_so(script, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9))
-    buffer = script.ReplayBuffer(1000, 2, 1, torch.device("cuda"))
-    assert buffer.rows.device == CPU
-    assert "does not fit on cuda: it stays in the host's memory" in capsys.readouterr().out
+def test_a_buffer_larger_than_the_memory_is_refused_with_its_size(script, monkeypatch):
+    with pytest.raises(script.UserError, match=r"no memory for a replay buffer of 280,000\.0 GB: lower --buffer-size"):
+        script.ReplayBuffer(10**13, 2, 1, CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9))  # free, total
+    with pytest.raises(script.UserError, match="lower --buffer-size"):
+        script.ReplayBuffer(1000, 2, 1, torch.device("cuda"))

@@ -1,6 +1,7 @@
 """Whole runs as a user sees them: files, curves, resuming, interrupts and every bad input."""
 
 import contextlib
+import importlib
 import json
 import os
 import pty
@@ -18,12 +19,26 @@ import numpy as np
 import odd_envs  # its import registers the odd_envs:* ids
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+both_scripts = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+
+
+@pytest.fixture
+def script(request):
+    """TD3's, but where a test asks for more: what the scripts share is the same text (test_text.py)."""
+    return importlib.import_module(getattr(request, "param", "td3_pave_continuous"))
 
 
 def weights(run_dir):
     return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)["agent"]
+
+
+def finished(script, args):
+    """Train; what summary.json says."""
+    return json.loads((script.train(args) / "summary.json").read_text())
 
 
 def assert_same_weights(left, right):
@@ -32,7 +47,7 @@ def assert_same_weights(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-EVALUATION = {"return_mean": 0.0, "smoothness_mean": 0.0, "oscillation": 0.0}
+EVALUATION = {"return_mean": 0.0, "smoothness_mean": 0.0}
 
 
 def command_line(script, *flags):
@@ -60,6 +75,7 @@ def small_flags(args):
     return flags
 
 
+@both_scripts
 def test_a_run_leaves_what_the_readme_promises(script, small_args):
     run_dir = script.train(small_args(total_timesteps=450, checkpoint_interval=200))
     assert run_dir.name.startswith(f"Pendulum-v1__{script.SCRIPT}__1__")
@@ -67,21 +83,28 @@ def test_a_run_leaves_what_the_readme_promises(script, small_args):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["env_id"], summary["algorithm"], summary["steps"]) == ("Pendulum-v1", script.SCRIPT, 450)
     assert tuple(summary[name] for name in script.LAMBDAS) == script.TUNED_LAMBDAS["Pendulum"]
-    assert {"return_mean", "return_std", "smoothness_mean", "smoothness_std", "oscillation"} <= summary.keys()
+    assert {
+        "return_mean",
+        "return_std",
+        "smoothness_mean",
+        "smoothness_std",
+        "oscillation",
+        "length_mean",
+    } <= summary.keys()
     assert summary["steps_per_second"] > 0
 
     curves = EventAccumulator(str(run_dir)).Reload()
     expected = {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS")}
-    expected |= {f"eval/{x}" for x in ("return", "smoothness", "oscillation")}
+    expected |= {f"eval/{x}" for x in ("return", "smoothness", "oscillation", "length")}
     expected |= {f"losses/{x}" for x in ("qf_loss", "mpr", "vfc", "curvature", "actor_loss", "q_values")}
     expected |= {"geometry/curvature", "geometry/concave_fraction"}
-    expected |= {"losses/alpha"} if script.SCRIPT.startswith("sac") else set()
+    expected |= {"losses/alpha", "losses/entropy"} if script.SCRIPT.startswith("sac") else set()
     assert set(curves.Tags()["scalars"]) == expected
     assert [event.step for event in curves.Scalars("eval/return")] == [200, 400, 450]
     assert [event.value for event in curves.Scalars("charts/episodic_length")] == [200, 200]
     assert curves.Scalars("eval/return")[-1].value == pytest.approx(summary["return_mean"], rel=1e-6)
     text = curves.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "|lambda_mpr|" in text
+    assert '"lambda_mpr": ' in text
 
     saved = torch.load(run_dir / "actor.pt", weights_only=True)
     actor = script.Actor(3, 1)
@@ -91,6 +114,7 @@ def test_a_run_leaves_what_the_readme_promises(script, small_args):
     assert again["return_mean"] == pytest.approx(summary["return_mean"])
 
 
+@both_scripts
 def test_evaluation_measures_in_the_units_of_the_env(script):
     class Constant(torch.nn.Linear):
         def forward(self, observations):
@@ -120,17 +144,14 @@ def test_same_seed_same_weights_other_seed_others(script, small_args):
     assert not torch.equal(weights(first)["actor.net.0.weight"], weights(other)["actor.net.0.weight"])
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("script", "compiled"), [(SCRIPTS[0], True), (SCRIPTS[1], False)], indirect=["script"])
 def test_killed_and_resumed_is_bit_identical_to_never_interrupted(script, small_args, compiled):
     args = small_args(
-        total_timesteps=1000, checkpoint_interval=350, compile=compiled, eval_episodes=0, autotune_curv=compiled
+        total_timesteps=600, checkpoint_interval=350, compile=compiled, eval_episodes=0, autotune_curv=compiled
     )
     whole = script.train(args)
-    command = [
-        sys.executable,
-        ROOT / f"{script.__name__}.py",
-        *small_flags(replace(args, seed=1, output_dir=args.output_dir + "2")),
-    ]
+    flags = small_flags(replace(args, seed=1, output_dir=args.output_dir + "2"))
+    command = [sys.executable, ROOT / f"{script.__name__}.py", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (saved := list(Path(args.output_dir + "2").glob("*/checkpoint.pt"))):
         assert process.poll() is None
@@ -187,29 +208,30 @@ def test_a_resumed_run_takes_a_new_learning_rate_and_a_larger_buffer(script, sma
 BAD_SETTINGS = {
     "unknown env": ({"env_id": "NoSuchRobot-v1"}, "NoSuchRobot"),
     "missing simulator": ({"env_id": "odd_envs:NoSimulator-v0"}, "a_simulator_that_is_not_installed"),
-    "discrete actions": ({"env_id": "CartPole-v1"}, "continuous vector"),
-    "discrete actions of our own": ({"env_id": "odd_envs:Discrete-v0"}, "continuous vector"),
-    "integer actions": ({"env_id": "odd_envs:Integer-v0"}, "continuous vector"),
-    "locked action": ({"env_id": "odd_envs:Locked-v0"}, "finite low < high"),
-    "matrix of actions": ({"env_id": "odd_envs:MatrixAction-v0"}, "continuous vector"),
-    "unbounded actions": ({"env_id": "odd_envs:Unbounded-v0"}, "unbounded"),
-    "dict observation": ({"env_id": "odd_envs:Dict-v0"}, "FlattenObservation"),
-    "image observation": ({"env_id": "odd_envs:Image-v0"}, "FlattenObservation"),
-    "negative mpr": ({"lambda_mpr": -0.1}, "--lambda-mpr is -0.1; it must be 0 or"),
+    "discrete actions": ({"env_id": "CartPole-v1"}, "float Box with finite bounds"),
+    "discrete actions of our own": ({"env_id": "odd_envs:Discrete-v0"}, "float Box with finite bounds"),
+    "integer actions": ({"env_id": "odd_envs:Integer-v0"}, "float Box with finite bounds"),
+    "unbounded actions": ({"env_id": "odd_envs:Unbounded-v0"}, "float Box with finite bounds"),
+    "image observation": ({"env_id": "odd_envs:Image-v0"}, "no images"),
+    "image among others": ({"env_id": "odd_envs:ImageDict-v0"}, "no images"),
+    "negative mpr": ({"lambda_mpr": -0.1}, "--lambda-mpr is -0.1; it must be from 0 to inf"),
     "negative vfc": ({"lambda_vfc": -0.1}, "--lambda-vfc"),
     "nan curv": ({"lambda_curv": float("nan")}, "--lambda-curv is nan"),
-    "sigma 0": ({"mpr_sigma": 0.0}, "--mpr-sigma is 0.0; it must be a positive"),
+    "sigma 0": ({"mpr_sigma": 0.0}, "--mpr-sigma is 0.0; it must be from 1e-12"),
     "negative delta": ({"curv_delta": -1.0}, "--curv-delta"),
     "gamma over 1": ({"gamma": 1.1}, "--gamma is 1.1; it must be from 0 to 1"),
-    "target concavity over 1": ({"target_concavity": 95.0}, "--target-concavity is 95.0; it must be between"),
+    "target concavity over 1": (
+        {"target_concavity": 95.0},
+        "--target-concavity is 95.0; it must be from 0.001 to 0.999",
+    ),
     "autotune from 0": ({"autotune_curv": True, "lambda_curv": 0.0}, "--lambda-curv is 0.0; it must be from 0.0001 to"),
     "tau below 0": ({"tau": -0.1}, "--tau"),
     "policy lr 0": ({"policy_lr": 0.0}, "--policy-lr"),
     "q lr negative": ({"q_lr": -1e-3}, "--q-lr"),
-    "batch over buffer": ({"batch_size": 64, "buffer_size": 32}, "--buffer-size is 32; it must be at least"),
+    "batch over buffer": ({"batch_size": 64, "buffer_size": 32}, "--buffer-size is 32; it must be from 64"),
     "batch 0": ({"batch_size": 0}, "--batch-size"),
     "learning starts 0": ({"learning_starts": 0}, "--learning-starts"),
-    "pave batch 0": ({"pave_batch_size": 0}, "--pave-batch-size is 0; it must be from 1 to --batch-size (32)"),
+    "pave batch 0": ({"pave_batch_size": 0}, "--pave-batch-size is 0; it must be from 1 to 32"),
     "pave batch over batch": ({"pave_batch_size": 33}, "--pave-batch-size"),
     "no steps": ({"total_timesteps": 0}, "--total-timesteps"),
     "negative episodes": ({"eval_episodes": -1}, "--eval-episodes"),
@@ -218,9 +240,9 @@ BAD_SETTINGS = {
     "negative seed": ({"seed": -1}, "--seed"),
     "buffer over memory": ({"buffer_size": 10**13}, "--buffer-size"),
     "output below a file": ({"output_dir": str(ROOT / "LICENSE" / "runs")}, "--output-dir"),
-    "missing checkpoint": ({"resume": "/nowhere/checkpoint.pt"}, "--resume cannot read /nowhere/checkpoint.pt"),
-    "folder as checkpoint": ({"resume": str(ROOT)}, "--resume cannot read"),
-    "text as checkpoint": ({"resume": str(ROOT / "LICENSE")}, "--resume cannot read"),
+    "missing checkpoint": ({"resume": "/nowhere/checkpoint.pt"}, "--resume cannot use /nowhere/checkpoint.pt"),
+    "folder as checkpoint": ({"resume": str(ROOT)}, "--resume cannot use"),
+    "text as checkpoint": ({"resume": str(ROOT / "LICENSE")}, "--resume cannot use"),
 }
 
 
@@ -243,13 +265,6 @@ def test_an_output_folder_that_cannot_be_written(script, small_args, monkeypatch
         script.train(small_args())
 
 
-def test_a_checkpoint_in_a_folder_that_cannot_be_written(script, small_args, monkeypatch):
-    run_dir = script.train(small_args(total_timesteps=110))
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root, as in CI, may write anywhere
-    with pytest.raises(script.UserError, match="cannot write beside --resume"):
-        script.train(small_args(resume=str(run_dir / "checkpoint.pt")))
-
-
 def test_a_checkpoint_that_does_not_fit_is_refused(script, small_args, tmp_path):
     run_dir = script.train(small_args(total_timesteps=120))
     path = run_dir / "checkpoint.pt"
@@ -270,24 +285,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused(script, small_args, tmp_path)
             script.train(small_args(resume=str(broken)))
         assert "\n" not in str(caught.value)
 
-    refused("truncated.pt", before[: len(before) // 2], "cannot read")
-    refused("other_script.pt", checkpoint | {"script": "ddpg"}, "was not written by")
-    refused("actor.pt", torch.load(run_dir / "actor.pt", weights_only=True), "was not written by")
-    refused("foreign.pt", {"weights": torch.zeros(3)}, "was not written by")
-    refused("list.pt", [1, 2], "was not written by")
-    refused("code.pt", {"run": np.random.default_rng()}, "cannot read")
+    refused("truncated.pt", before[: len(before) // 2], "cannot use")
+    refused("other_script.pt", checkpoint | {"script": "ddpg"}, "cannot use")
+    refused("actor.pt", torch.load(run_dir / "actor.pt", weights_only=True), "cannot use")
+    refused("foreign.pt", {"weights": torch.zeros(3)}, "cannot use")
+    refused("list.pt", [1, 2], "cannot use")
+    refused("code.pt", {"run": np.random.default_rng()}, "cannot use")
     wide = {n: torch.zeros(7) for n in checkpoint["agent"]}
-    refused("shapes.pt", checkpoint | {"agent": wide}, "does not fit this env and script")
-    refused("rows.pt", checkpoint | {"buffer_rows": torch.zeros(5, 3)}, "does not fit this env and script")
+    refused("shapes.pt", checkpoint | {"agent": wide}, "does not fit this env")
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
-        ("odd_envs:NanObservation-v0", "NaN or infinite observation or reward at step 45"),
-        ("odd_envs:InfReward-v0", "NaN or infinite observation or reward at step 45"),
-        ("odd_envs:HugeReward-v0", "training diverged at step"),
+        ("odd_envs:NanObservation-v0", "NaN or infinite observation or reward"),
+        ("odd_envs:InfReward-v0", "NaN or infinite observation or reward"),
+        ("odd_envs:HugeReward-v0", "training diverged"),
     ],
 )
 def test_a_run_that_breaks_stops_at_once_and_keeps_its_last_checkpoint(script, small_args, env_id, message):
@@ -304,7 +318,7 @@ def test_a_run_that_breaks_stops_at_once_and_keeps_its_last_checkpoint(script, s
 def test_a_nan_action_is_called_divergence_and_never_reaches_the_env(script, small_args, monkeypatch):
     """As on a GPU, where the losses are not read each step."""
     monkeypatch.setattr(script.Agent, "explore", lambda *_: np.array([np.nan], dtype=np.float32))
-    with pytest.raises(script.UserError, match="training diverged at step 101,"):
+    with pytest.raises(script.UserError, match="step 101: training diverged"):
         script.train(small_args())
 
 
@@ -318,13 +332,13 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_ar
 
 
 def test_a_reset_to_nan_is_named(script, small_args):
-    with pytest.raises(script.UserError, match="NaN or infinite observation or reward at step 1"):
+    with pytest.raises(script.UserError, match="NaN or infinite observation or reward"):
         script.train(small_args(env_id="odd_envs:NanReset-v0"))
 
 
-def test_a_full_disk_leaves_the_old_file(script, tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    script.save(path, {"step": 1})
+def test_a_full_disk_leaves_the_old_files(script, small_args, monkeypatch):
+    run_dir = script.train(small_args(total_timesteps=120))
+    before = {file.name: file.read_bytes() for file in run_dir.glob("*.pt")}
 
     def full(content, file):
         Path(file).write_bytes(b"half")
@@ -332,9 +346,8 @@ def test_a_full_disk_leaves_the_old_file(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(script.UserError, match="No space left"):
-        script.save(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+        script.train(small_args(total_timesteps=130, resume=str(run_dir / "checkpoint.pt")))
+    assert {file.name: file.read_bytes() for file in run_dir.glob("*.pt*")} == before
 
 
 def test_a_terminal_gets_a_progress_bar(script, small_args):
@@ -357,11 +370,54 @@ def test_the_rescaled_env_maps_the_bounds_and_never_steps_over_them(script):
     env = script.make_env("odd_envs:Asymmetric-v0")
     assert [env.action(np.array([x], np.float32)) for x in (-1.0, 0.0, 1.0)] == [0.0, 2.0, 4.0]
     for seed in range(300):
-        high = np.random.default_rng(seed).uniform(0.1, 9, 1).astype(np.float32)
-        gym.register("Bounded-v0", entry_point=lambda high=high: odd_envs.Odd(action_space=gym.spaces.Box(-high, high)))
+        high = np.random.default_rng(seed).uniform(0.1, 9, 1).astype(np.float16 if seed % 2 else np.float32)
+        space = gym.spaces.Box(-high, high, dtype=high.dtype)
+        gym.register("Bounded-v0", entry_point=lambda space=space: odd_envs.Odd(action_space=space))
         env = script.make_env("Bounded-v0")
         del gym.registry["Bounded-v0"]
-        assert all(env.unwrapped.action_space.contains(env.action(np.array([x], np.float32))) for x in (-1.0, 1.0))
+        assert all(space.contains(env.action(np.array([x], np.float32))) for x in (-1.0, 1.0))
+
+
+@pytest.mark.parametrize("name", [*odd_envs.OBSERVATIONS, *odd_envs.ACTIONS, "RewardArray", "RewardScalarArray"])
+def test_envs_that_people_really_have_are_trained_on(script, small_args, name):
+    """odd_envs.Odd asserts that each action is in its own space: shape, dtype and bounds."""
+    run_dir = script.train(small_args(env_id=f"odd_envs:{name}-v0", total_timesteps=40, learning_starts=32))
+    space = gym.make(f"odd_envs:{name}-v0").action_space
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)
+    torch.testing.assert_close(saved["action_low"], torch.from_numpy(space.low.ravel()))
+    torch.testing.assert_close(saved["action_high"], torch.from_numpy(space.high.ravel()))
+
+
+def test_a_mujoco_env_with_several_actions_is_trained_on(script, small_args):
+    run_dir = script.train(small_args(env_id="Hopper-v5", total_timesteps=150))
+    assert torch.load(run_dir / "actor.pt", weights_only=True)["action_low"].shape == (3,)
+
+
+def test_an_env_without_a_time_limit_is_cut_and_says_so(script, small_args, monkeypatch, capsys):
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 50)
+    script.train(small_args(env_id="odd_envs:Endless-v0", total_timesteps=60, learning_starts=60))
+    assert "no time limit: episodes are cut at 50 steps; max_episode_steps changes it" in capsys.readouterr().out
+
+
+@both_scripts
+@pytest.mark.parametrize("policy_frequency", [1, 3])
+def test_the_schedule_of_updates(script, small_args, policy_frequency):
+    calls = []
+
+    class Counting(script.Agent):
+        def update(self, batch, update_actor):
+            calls.append(update_actor)
+            return super().update(batch, update_actor)
+
+        def backward(self, loss_function, *inputs):
+            calls.append(loss_function.__name__)
+            return super().backward(loss_function, *inputs)
+
+    script.train(small_args(total_timesteps=109, policy_frequency=policy_frequency), make_agent=Counting)
+    assert calls.count("critic_loss") == 9  # steps 101 to 109
+    assert calls.count(True) == 9 // policy_frequency
+    catch_up = policy_frequency if script.SCRIPT.startswith("sac") else 1  # TD3's actor is late by design
+    assert calls.count("actor_loss") == calls.count(True) * catch_up
 
 
 def test_an_id_without_a_version_finds_its_tuned_lambdas(script):
@@ -385,18 +441,24 @@ def test_a_resumed_run_takes_a_new_alpha_and_batch_size(tmp_path):
     settings = {"env_id": "Pendulum-v1", "learning_starts": 50, "compile": False, "eval_episodes": 0}
     settings |= {"autotune": False, "buffer_size": 500, "output_dir": str(tmp_path)}
     run_dir = script.train(script.Args(**settings, total_timesteps=60, alpha=0.2, batch_size=32))
-    flags = ("--total-timesteps", 400, "--alpha", 0.7, "--batch-size", 8)
+    flags = ("--total-timesteps", 200, "--alpha", 0.7, "--batch-size", 8)
     assert command_line(script, "--resume", run_dir / "checkpoint.pt", *flags) == 0
     alphas = EventAccumulator(str(run_dir)).Reload().Scalars("losses/alpha")
     assert alphas[-1].value == pytest.approx(0.7)
 
 
-def test_pendulum_is_learned(script, small_args):
-    """Random play returns about -1200, a learned policy about -160; the margin is wide on purpose."""
-    args = small_args(
-        total_timesteps=8_000, learning_starts=1_000, gamma=0.98, batch_size=128, pave_batch_size=32,
-        buffer_size=10_000, policy_lr=1e-3, eval_interval=8_000, eval_episodes=5, compile=True,
-    )  # fmt: skip
-    summary = json.loads((script.train(args) / "summary.json").read_text())
-    assert summary["return_mean"] > -450
-    assert summary["smoothness_mean"] < 1.5
+def test_pave_learns_as_well_and_is_smoother(script, small_args):
+    """TD3 on Pendulum-v1. Here sm was 0.80 and 0.77 without, 0.35 and 0.44 with; random play returns some -1200."""
+    settings = {"total_timesteps": 6_000, "learning_starts": 1_000, "gamma": 0.98, "batch_size": 64, "compile": True}
+    settings |= {"buffer_size": 10_000, "pave_batch_size": 32, "eval_interval": 6_000, "eval_episodes": 10}
+    plain = dict.fromkeys(script.LAMBDAS, 0.0)
+    runs = [finished(script, small_args(**settings, **lambdas)) for lambdas in ({}, plain)]
+    assert all(run["return_mean"] > -400 for run in runs)
+    assert runs[0]["smoothness_mean"] < 0.75 * runs[1]["smoothness_mean"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:1], indirect=True)
+def test_sac_learns(script, small_args):
+    settings = {"total_timesteps": 4_000, "learning_starts": 1_000, "gamma": 0.98, "batch_size": 64, "compile": True}
+    settings |= {"policy_lr": 1e-3, "buffer_size": 10_000, "pave_batch_size": 32, "eval_interval": 4_000}
+    assert finished(script, small_args(**settings, eval_episodes=10))["return_mean"] > -400
