@@ -22,7 +22,6 @@ import torch
 from conftest import ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
 both_scripts = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 
 
