@@ -22,10 +22,9 @@ import tyro
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from benchmarks import plot
 from benchmarks.common import Run, UserError, user_errors
-from benchmarks.plot import (
-    STYLE, WIDTH, Dimension, Episode, EpisodeNumber, Labels, Paths, choose_action, colours_of, name_seeds, open_runs, play,
-)  # fmt: skip
+from benchmarks.plot import Dimension, Episode, EpisodeNumber, Labels, Paths
 
 MEGABYTES, COLOURS = 2.0, 48  # of a GIF
 
@@ -50,18 +49,19 @@ def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, lis
                     cure = "MuJoCo needs the Debian package libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
                     raise UserError(f"cannot render {run.args.env_id} ({cause}); {cure}") from error
 
-        return play(run, episode, env, watch), frames, stride, rate / stride
+        return plot.play(run, episode, env, watch), frames, stride, rate / stride
 
 
 def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarray]:
     """The video's pictures: a panel for each run with its caption, and the action's trace so far below."""
-    colours, (episodes, frames, (stride, *_), _) = colours_of(label for label, _ in shown), zip(*films, strict=True)
+    colours, (episodes, frames, (stride, *_), _) = (
+        plot.colours_of(label for label, _ in shown),
+        zip(*films, strict=True),
+    )
     height, width = np.shape(frames[0][0])[:2]
-    tall = WIDTH / len(shown) * height / width
-    figure, (screens, traces) = plt.subplots(
-        2, len(shown), figsize=(WIDTH, tall + 1.9), height_ratios=(tall, 1.2), sharex="row", sharey="row", squeeze=False,
-        dpi=dpi,
-    )  # fmt: skip
+    tall = plot.WIDTH / len(shown) * height / width
+    size = {"figsize": (plot.WIDTH, tall + 1.9), "height_ratios": (tall, 1.2), "dpi": dpi}
+    figure, (screens, traces) = plt.subplots(2, len(shown), sharex="row", sharey="row", squeeze=False, **size)
     moving = []
     for (label, run), played, film, screen, trace in zip(shown, episodes, frames, screens, traces, strict=True):
         sm = run.script.smoothness(played.env_actions)
@@ -108,9 +108,9 @@ def video(
         raise UserError(f"--output is {output}; it must end in .gif or .mp4, in a folder that is there")
     if steps < 2 or fps < 1:
         raise UserError(f"--steps is {steps} and --fps {fps:g}; they must be at least 2 and 1")
-    shown = name_seeds(open_runs(runs, labels))
+    shown = plot.name_seeds(plot.open_runs(runs, labels))
     films = [record(run, episode, steps, fps) for _, run in shown]
-    dimension, rate = choose_action(films[0][0].env_actions[:steps], dimension), films[0][3]
+    dimension, rate = plot.choose_action(films[0][0].env_actions[:steps], dimension), films[0][3]
     for dpi in (100, 85, 72, 61, 52, 44):
         pictures = draw(shown, films, dimension, steps, dpi)
         if output.suffix == ".mp4":
@@ -120,13 +120,13 @@ def video(
         if (size := write_gif(output, pictures, rate)) <= MEGABYTES:
             break
     else:
-        raise UserError(f"{output} has {size:.1f} MB even at its smallest, more than {MEGABYTES:g}: lower --steps or --fps")
+        raise UserError(f"{output} has {size:.1f} MB even at its smallest: lower --steps or --fps")
     print(f"wrote {output}: {len(pictures)} pictures, {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: `arguments`, or the program's own."""
-    with user_errors(), plt.rc_context(STYLE):
+    with user_errors(), plt.rc_context(plot.STYLE):
         tyro.cli(video, description=__doc__, args=arguments)
 
 
