@@ -218,7 +218,7 @@ def told_p(ours: pd.Series, base: pd.Series) -> str:
 
 
 def markdown(lines: list[dict]) -> str:
-    return pd.DataFrame(lines).fillna(DASH).to_markdown(index=False, disable_numparse=True)
+    return pd.DataFrame(lines, dtype=object).fillna(DASH).to_markdown(index=False, disable_numparse=True)
 
 
 def paper(env_id: str) -> dict[tuple, str]:
