@@ -34,12 +34,14 @@ STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (obser
 AXES = {
     "return_mean": "return per episode\n(higher is better)",
     "smoothness_mean": "sm in env action units\n(lower is smoother)",
-    "oscillation": "oscillation in env action units\n(lower is smoother)",
     "length_mean": "steps per episode",
+    "oscillation": "oscillation in env action units\n(lower is smoother)",
 }
 TAGS = {f"eval/{name.removesuffix('_mean')}": text for name, text in AXES.items()}
-FREE = {"seed", "output_dir", "resume", "eval_interval", "eval_episodes", "checkpoint_interval"}  # settings that make
-FREE |= {"cuda", "compile", "cudagraphs", "torch_deterministic"}  # no other training of a run
+FREE = {  # settings in which the seeds of a group may differ
+    "seed", "output_dir", "resume", "eval_interval", "eval_episodes", "checkpoint_interval", "cuda", "compile",
+    "cudagraphs", "torch_deterministic",
+}  # fmt: skip
 STYLE = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 11, "font.size": 10,
     "figure.constrained_layout.use": True, "grid.color": "#e4e4e4", "legend.frameon": False,
@@ -48,6 +50,7 @@ STYLE = {
 Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...", help="run folders")]
 Labels = Annotated[tuple[str, ...], tyro.conf.arg(help="one per run, seeds share one; default: algorithm and method")]
 Output = Annotated[Path, tyro.conf.arg(help=".png, .svg or .pdf")]
+Tags = Annotated[tuple[str, ...], tyro.conf.arg(help="TensorBoard curves, a panel each")]
 EpisodeNumber = Annotated[int, tyro.conf.arg(help="which of the evaluation's episodes, from 0")]
 Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: what changes most in the first run")]
 
@@ -65,9 +68,11 @@ def open_runs(paths, labels=()) -> list[tuple[str, Run]]:
     if len(envs := sorted({run.args.env_id for run in runs})) > 1:
         raise UserError(f"the runs are on different envs ({', '.join(envs)}): plot one env at a time")
     shown = list(zip(labels or [f"{run.algorithm.upper()} {run.method}" for run in runs], runs, strict=True))
+    first = {label: vars(run.args) | {"steps trained": run.step} for label, run in reversed(shown)}
     for label, run in shown:
-        first, own = (vars(r.args) | {"steps trained": r.step} for r in (dict(reversed(shown))[label], run))
-        if differing := sorted(name for name in (first | own).keys() - FREE if first.get(name) != own.get(name)):
+        settings = vars(run.args) | {"steps trained": run.step}
+        names = (first[label].keys() | settings.keys()) - FREE
+        if differing := sorted(name for name in names if first[label].get(name) != settings.get(name)):
             raise UserError(f"the runs of {label} differ in {', '.join(differing)}: tell them apart by --labels")
     return shown
 
@@ -154,16 +159,14 @@ def evaluations(shown) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def grid(rows: pd.DataFrame, columns: int, title: str):
-    """A figure with a line of panels for each algorithm; and (panels, method, its rows, colour) for all that is shown.
+def pairs_of_panels(rows: pd.DataFrame, title: str):
+    """A figure with two panels for each algorithm; and (panels, name, its rows, colour) of each method.
 
-    sm depends on the episode's length, so the legend has it.
+    sm depends on the episode's length, so the name has it.
     """
-    algorithms = list(rows.groupby("algorithm"))
-    width = WIDTH * min(1, (1 + columns) / 3)
-    figure, axes = plt.subplots(len(algorithms), columns, figsize=(width, 0.7 + 3.1 * len(algorithms)), squeeze=False)
+    algorithms, parts = list(rows.groupby("algorithm")), []
+    figure, axes = plt.subplots(len(algorithms), 2, figsize=(WIDTH, 0.7 + 3.1 * len(algorithms)), squeeze=False)
     figure.suptitle(title)
-    parts = []
     for line, (algorithm, runs) in zip(axes, algorithms, strict=True):
         line[0].set_title(algorithm.upper(), loc="left")
         colours = colours_of(runs["method"])
@@ -174,11 +177,11 @@ def grid(rows: pd.DataFrame, columns: int, title: str):
     return figure, parts
 
 
-def tradeoff_figure(rows: pd.DataFrame, title: str, measures=("smoothness_mean", "oscillation")) -> plt.Figure:
-    """Return against each measure: a dot is a seed, a ring their median."""
-    figure, parts = grid(rows, len(measures), title)
+def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
+    """Return against sm and oscillation: a dot is a seed, a ring their median."""
+    figure, parts = pairs_of_panels(rows, title)
     for axes, name, seeds, colour in parts:
-        for axis, measure in zip(axes, measures, strict=True):
+        for axis, measure in zip(axes, ("smoothness_mean", "oscillation"), strict=True):
             axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colour, linewidth=0, alpha=0.7)
             centre = seeds[[measure, "return_mean"]].median()
             axis.plot(*centre, "o", markersize=11, markerfacecolor="none", color=colour, label=name)
@@ -202,7 +205,7 @@ def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure | None:
     levels = sorted(float(name.partition("@")[2]) for name in rows if name.startswith("return_mean@"))
     if not levels:
         return None
-    figure, parts = grid(rows, 2, title)
+    figure, parts = pairs_of_panels(rows, title)
     for axes, name, seeds, colour in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             curves = seeds[[measure, *(f"{measure}@{level:g}" for level in levels)]].dropna().to_numpy(float)
@@ -241,15 +244,7 @@ def read_curve(run: Run, tag: str) -> pd.Series:
 
 
 def curves(
-    runs: Paths,
-    /,
-    labels: Labels = (),
-    output: Output = Path("curves.png"),
-    tags: Annotated[tuple[str, ...], tyro.conf.arg(help="a panel each")] = (
-        "eval/return",
-        "eval/smoothness",
-        "eval/length",
-    ),
+    runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]
 ) -> None:
     """Learning curves, by default of the evaluations during training."""
     shown = open_runs(runs, labels)
