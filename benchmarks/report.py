@@ -61,6 +61,7 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
 - **M**: largest ‖∇²sa Q‖. **M/μ**: the theorem's bound on the policy's slope. **NegDef**: share of states where Q is
   concave in a. **flip rate**: share of steps where ∇a Q turns by more than 90°. **saturation**: share of action entries
   within 1 % of a limit.
+- **evaluations ≥ 200**: with at least this return, of those in the second half of the trainings, all seeds together.
 - **k = 0.1**: observation noise of ±0.1 standard deviations: each run's own where `version` is empty in runs.csv, else
   the env's.
 - **paper**: its own numbers, after 100,000 steps on Pendulum, 500,000 on LunarLander and Reacher, else 1,000,000.
@@ -153,7 +154,9 @@ def read_inputs(paths) -> pd.DataFrame:
     tables = [read_sweep(path) if path.is_dir() else read_csv(path) for path in paths]
     if not tables or all("return_mean" not in table for table in tables):
         raise UserError(f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
-    rows = pd.concat(tables).sort_values("missing", na_position="last", kind="stable")
+    rows = pd.concat(tables, ignore_index=True).sort_values("missing", na_position="last", kind="stable")
+    if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
+        print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last").astype(dict.fromkeys(("seed", "steps"), int))
     measures = [name for name in rows if name not in KEY + FACTS]
     rows = rows.reindex(columns=dict.fromkeys([*KEY, "episodes", *MEASURES, *measures, *FACTS]))
@@ -262,7 +265,7 @@ def tables(rows: pd.DataFrame) -> str:
                 line[heading] = DASH if every is base else told_p(seeds[measure], base[measure])
             if env_id in GOOD_RETURNS and "evaluations" in rows:
                 good, of = seeds[["good_evaluations", "evaluations"]].sum()
-                line[f"evaluations ≥ {GOOD_RETURNS[env_id]:,}"] = f"{good:g} of {of:g}"
+                line[f"evaluations ≥ {GOOD_RETURNS[env_id]:,}"] = f"{good:g} of {of:g}" if of else DASH
             results.append(line | ({"paper: return, sm": quoted.get((algorithm, method))} if quoted else {}))
             measured = {heading: m for heading, m in CRITIC.items() if m in rows and rows[m].notna().any()}
             critics.append(name | {heading: told(seeds[m]) for heading, m in measured.items()})
