@@ -12,7 +12,7 @@ Below ten seeds each is shown, as a thin line or a dot, with their median. The f
 
 import json
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.common import Run, UserError, load_run, user_errors
+from benchmarks.common import Episode, Run, UserError, load_run, require, rollout, user_errors
 from benchmarks.evaluate import flat, mixed_hessians, spectral_norms
 
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
@@ -58,22 +58,21 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def open_runs(paths, labels=()) -> list[tuple[str, Run]]:
+def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
     """(label, run) each. UserError for runs on different envs, or of one label with different settings."""
-    if not paths:
-        raise UserError("give at least one run folder")
-    if labels and len(labels) != len(paths):
-        raise UserError(f"{len(labels)} --labels for {len(paths)} runs: give one label per run, in the same order")
-    runs = [load_run(path) for path in paths]
-    if len(envs := sorted({run.args.env_id for run in runs})) > 1:
-        raise UserError(f"the runs are on different envs ({', '.join(envs)}): plot one env at a time")
+    require(len(paths) > 0, "give at least one run folder")
+    fit = len(labels) in (0, len(paths))
+    require(fit, f"{len(labels)} --labels for {len(paths)} runs: give one label per run, in the same order")
+    runs = [load_run(path, need_critic) for path in paths]
+    envs = sorted({run.args.env_id for run in runs})
+    require(len(envs) == 1, f"the runs are on different envs ({', '.join(envs)}): plot one env at a time")
     shown = list(zip(labels or [f"{run.algorithm.upper()} {run.method}" for run in runs], runs, strict=True))
     first = {label: vars(run.args) | {"steps trained": run.step} for label, run in reversed(shown)}
     for label, run in shown:
         settings = vars(run.args) | {"steps trained": run.step}
         names = (first[label].keys() | settings.keys()) - FREE
-        if differing := sorted(name for name in names if first[label].get(name) != settings.get(name)):
-            raise UserError(f"the runs of {label} differ in {', '.join(differing)}: tell them apart by --labels")
+        differing = sorted(name for name in names if first[label].get(name) != settings.get(name))
+        require(not differing, f"the runs of {label} differ in {', '.join(differing)}: tell them apart by --labels")
     return shown
 
 
@@ -86,48 +85,26 @@ def name_seeds(shown) -> list[tuple[str, Run]]:
 def colours_of(labels) -> dict[str, str]:
     """A method has its own colour; SAC and TD3 in one panel, or labels of the user's, have theirs in order."""
     labels = list(dict.fromkeys(labels))
-    if len(labels) > len(COLOURS):
-        raise UserError(f"{len(labels)} lines in one figure, {len(COLOURS)} colours: plot fewer, or label seeds alike")
+    fit = len(labels) <= len(COLOURS)
+    require(fit, f"{len(labels)} lines in one figure, {len(COLOURS)} colours: plot fewer, or label seeds alike")
     methods = [label.rpartition(" ")[2] for label in labels]
     own = set(methods) <= set(METHODS) and len(set(methods)) == len(methods)
     return dict(zip(labels, [COLOURS[METHODS.index(m)] for m in methods] if own else COLOURS, strict=False))
 
 
-class Episode(NamedTuple):
-    """T steps of the deterministic policy."""
-
-    observations: np.ndarray  # (T, d_s), those acted on
-    actions: np.ndarray  # (T, d_a), in [-1, 1]
-    env_actions: np.ndarray  # (T, d_a), in the env's own units
-    rewards: np.ndarray  # (T,)
-
-
-@torch.no_grad()
-def play(run: Run, episode: int, env=None, watch=lambda step: None) -> Episode:
-    """The `episode`th, from 0, of those that evaluate() plays: the same start for every run.
-
-    env: from make_env, by default of the run's env_id; watch(step): called before each step
-    """
-    if episode < 0:
-        raise UserError(f"--episode is {episode}; it must be 0 or more")
-    steps, over = [], False
+def play(run: Run, episode: int, env=None) -> Episode:
+    """The `episode`th, from 0, of those that evaluate() plays, the same start for every run; env: see make_env."""
+    require(episode >= 0, f"--episode is {episode}; it must be 0 or more")
     with env or run.script.make_env(run.args.env_id) as env:
-        observation, _ = env.reset(seed=10_000 + episode)
-        while not over:
-            watch(len(steps))
-            action = run.actor(torch.as_tensor(observation)[None])[0].numpy()
-            following, reward, terminated, truncated, _ = env.step(action)
-            steps.append((observation, action, env.action(action).ravel(), reward))
-            observation, over = following, terminated or truncated
-    return Episode(*map(np.array, zip(*steps, strict=True)))
+        return rollout(run, env, episode + 1)[0][episode]
 
 
 def choose_action(env_actions: np.ndarray, dimension: int | None) -> int:
     """The action to trace: `dimension`, or the one that changes most from step to step, (T, d_a)."""
     if dimension is None:
         return int(np.abs(np.diff(env_actions, axis=0)).sum(axis=0).argmax())
-    if not 0 <= dimension < env_actions.shape[1]:
-        raise UserError(f"--dimension is {dimension}; this env's actions are 0 to {env_actions.shape[1] - 1}")
+    last = env_actions.shape[1] - 1
+    require(0 <= dimension <= last, f"--dimension is {dimension}; this env's actions are 0 to {last}")
     return dimension
 
 
@@ -227,8 +204,7 @@ def noise(runs: Paths, /, labels: Labels = (), output: Output = Path("noise.png"
     """Return and sm against noise on what the policy sees, from evaluation.json."""
     shown = open_runs(runs, labels)
     figure = noise_figure(evaluations(shown), f"{shown[0][1].args.env_id}: the policy under observation noise")
-    if not figure:
-        raise UserError("no evaluation.json of these runs has noise: run python -m benchmarks.evaluate again")
+    require(figure is not None, "no evaluation.json of these runs has noise: run python -m benchmarks.evaluate again")
     save(figure, output)
 
 
@@ -238,8 +214,8 @@ def noise(runs: Paths, /, labels: Labels = (), output: Output = Path("noise.png"
 def read_curve(run: Run, tag: str) -> pd.Series:
     """The values of one tag of the run's TensorBoard files by step; UserError if it isn't there."""
     events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
-    if tag not in (has := events.Tags()["scalars"]):
-        raise UserError(f"{run.path} has no {tag} in its TensorBoard files: it has {', '.join(sorted(has))}")
+    has = sorted(events.Tags()["scalars"])
+    require(tag in has, f"{run.path} has no {tag} in its TensorBoard files: it has {', '.join(has)}")
     return pd.Series({event.step: event.value for event in events.Scalars(tag)})
 
 
@@ -253,8 +229,7 @@ def curves(
     for axis, tag in zip(axes[0], tags, strict=True):
         for label, colour in colours.items():
             seeds = pd.concat([read_curve(run, tag) for name, run in shown if name == label], axis=1).dropna()
-            if seeds.empty:
-                raise UserError(f"the runs of {label} have no common step in {tag}: tell them apart by --labels")
+            require(len(seeds) > 0, f"the runs of {label} have no common step in {tag}: tell them apart by --labels")
             draw_seeds(axis, seeds.index, seeds.to_numpy().T, colour, f"{label} (seeds: {seeds.shape[1]})")
         axis.set(xlabel="environment steps", ylabel=TAGS.get(tag, tag))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -289,8 +264,7 @@ def actions(
     steps: Annotated[int, tyro.conf.arg(help="length of the trace; the spectrum is of the whole episode")] = 100,
 ) -> None:
     """One episode's actions, and the amplitude spectrum from which sm is computed."""
-    if steps < 1:
-        raise UserError(f"--steps is {steps}; it must be at least 1")
+    require(steps > 0, f"--steps is {steps}; it must be at least 1")
     shown = name_seeds(open_runs(runs, labels))
     colours = colours_of(label for label, _ in shown)
     played = [play(run, episode).env_actions for _, run in shown]
@@ -337,7 +311,7 @@ def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"
     Swept is the pair of dimensions with the largest |d2Q/dsda| of the first run, +-1.0 in the observation and +-1.5 in
     the normalised action, on 50 x 50; the colours are clipped at the first run's 99th percentile.
     """
-    shown, surfaces, pair = name_seeds(open_runs(runs, labels)), [], None
+    shown, surfaces, pair = name_seeds(open_runs(runs, labels, need_critic=True)), [], None
     for _, run in shown:
         played = play(run, episode)
         point = [torch.from_numpy(part[len(part) // 2]).double() for part in (played.observations, played.actions)]

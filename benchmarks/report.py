@@ -29,17 +29,17 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks import plot
-from benchmarks.common import Run, UserError, load_run, user_errors
-from benchmarks.evaluate import flat
+from benchmarks.common import ROOT, Run, UserError, load_run, require, user_errors
+from benchmarks.evaluate import flat, read_evaluation
 
-ROOT = Path(__file__).resolve().parents[1]
 CELL = ["env_id", "steps", "algorithm", "method"]  # whose rows are seeds of one thing
 KEY = [*CELL, "seed"]
 MEASURES = ["return_mean", "smoothness_mean", "length_mean", "oscillation"]
 HEADINGS = ["return", "sm", "episode length", "oscillation"]
 CRITIC = {"M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation"}
 CRITIC |= {"return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1"}
-FACTS = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]
+EVALUATED = ["episodes", "version", "noise_reference"]  # how
+TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
 COMPARED = {"base", "pave", "auto"}  # the mean over the envs is over those that have them all
 FIXED_LENGTHS = {"Pendulum": 200, "Reacher": 50, "HalfCheetah": 1000, "Swimmer": 1000}  # nothing ends an episode early
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
@@ -62,8 +62,8 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
   concave in a. **flip rate**: share of steps where ∇a Q turns by more than 90°. **saturation**: share of action entries
   within 1 % of a limit.
 - **evaluations ≥ 200**: with at least this return, of those in the second half of the trainings, all seeds together.
-- **k = 0.1**: observation noise of ±0.1 standard deviations: each run's own where `version` is empty in runs.csv, else
-  the env's.
+- **k = 0.1**: observation noise of ±0.1 standard deviations of what `noise_reference` in runs.csv visits; in version 1
+  of the evaluation, of what the run itself visits.
 - **paper**: its own numbers, after 100,000 steps on Pendulum, 500,000 on LunarLander and Reacher, else 1,000,000.
 - Everything else: [methods.csv](methods.csv) (every measure), [pairs.csv](pairs.csv) (every two methods),
   [runs.csv](runs.csv) (every run, with its command, commit and machine)."""
@@ -92,13 +92,13 @@ def read_csv(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     numbers = ["seed", "steps", "return_mean", "smoothness_mean"]
-    if lacking := {*KEY, *numbers} - set(rows):
-        raise UserError(f"{path} is no runs.csv of a report: it lacks {', '.join(sorted(lacking))}")
+    lacking = sorted({*KEY, *numbers} - set(rows))
+    require(not lacking, f"{path} is no runs.csv of a report: it lacks {', '.join(lacking)}")
     rows["missing"] = rows.get("missing", pd.Series(dtype=object)).astype(object)
     rows[numbers] = rows[numbers].apply(pd.to_numeric, errors="coerce")
     bad = rows[KEY].isna().any(axis=1) | rows["missing"].isna() & rows[numbers].isna().any(axis=1)
-    if bad.any():
-        raise UserError(f"{path}, line {bad.idxmax() + 2}: a run's name, return or sm is empty or not a number")
+    line = bad.idxmax() + 2 if len(bad) else 0
+    require(not bad.any(), f"{path}, line {line}: a run's name, return or sm is empty or not a number")
     return rows
 
 
@@ -114,17 +114,17 @@ def command_of(run: Run) -> str:
 
 def read_run(path: Path) -> dict:
     """The row of a run folder; `missing` says why it has no result."""
-    run = load_run(path)
+    run = load_run(path, need_critic=False)
     row = {"env_id": run.args.env_id, "steps": run.args.total_timesteps, "algorithm": run.algorithm}
     row |= {"method": run.method, "seed": run.args.seed}
-    files = (path / "summary.json", path / "evaluation.json", path.parent / "cell.json")
-    summary, evaluation, cell = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
+    files, evaluation = (path / "summary.json", path.parent / "cell.json"), read_evaluation(path)
+    summary, cell = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
     if summary.get("steps") != row["steps"]:
         return row | {"missing": f"stopped at step {run.step:,}"}
     if not evaluation:
         return row | {"missing": "not evaluated (benchmarks.evaluate)"}
-    row |= {name: value for name, value in flat(evaluation).items() if not isinstance(value, dict | list | str)}
-    row |= {name: cell.get(name, summary.get(name)) for name in FACTS}
+    row |= flat(evaluation)
+    row |= {name: cell.get(name, summary.get(name)) for name in TRAINED}
     if least := GOOD_RETURNS.get(run.args.env_id):
         returns = plot.read_curve(run, "eval/return").loc[row["steps"] / 2 + 1 :]  # of the training's second half
         row |= {"evaluations": len(returns), "good_evaluations": (returns >= least).sum()}
@@ -134,13 +134,12 @@ def read_run(path: Path) -> dict:
 def read_sweep(folder: Path) -> pd.DataFrame:
     """A row for each run in the cells of a sweep; what can't be read is told and left out."""
     rows = []
-    for file in sorted(folder.glob("*/*/checkpoint.pt")):
+    for path in sorted({file.parent for file in folder.glob("*/*/*.pt")}):
         try:
-            rows.append(read_run(file.parent))
+            rows.append(read_run(path))
         except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
-            print(f"warning: {file.parent} is left out: {' '.join(str(error).split())}", file=sys.stderr)
-    if not rows:
-        raise UserError(f"{folder} is no sweep: it has no run that can be read, <cell>/<run>/checkpoint.pt")
+            print(f"warning: {path} is left out: {' '.join(str(error).split())}", file=sys.stderr)
+    require(len(rows) > 0, f"{folder} is no sweep: it has no <cell>/<run>/checkpoint.pt or actor.pt that can be read")
     return pd.DataFrame(rows)
 
 
@@ -152,17 +151,16 @@ def order(column: pd.Series) -> pd.Series:
 def read_inputs(paths) -> pd.DataFrame:
     """Every run once, in order; a later input counts, but what has no result doesn't replace a result."""
     tables = [read_sweep(path) if path.is_dir() else read_csv(path) for path in paths]
-    if not tables or all("return_mean" not in table for table in tables):
-        raise UserError(f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
+    done = any("return_mean" in table for table in tables)
+    require(done, f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
     rows = pd.concat(tables, ignore_index=True).sort_values("missing", na_position="last", kind="stable")
     if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last").astype(dict.fromkeys(("seed", "steps"), int))
-    measures = [name for name in rows if name not in KEY + FACTS]
-    rows = rows.reindex(columns=dict.fromkeys([*KEY, "episodes", *MEASURES, *measures, *FACTS]))
+    others = [name for name in rows if name not in [*KEY, *EVALUATED, *TRAINED, "step"]]
+    rows = rows.reindex(columns=dict.fromkeys([*KEY, *EVALUATED, *MEASURES, *others, *TRAINED]))
     env = rows["env_id"].str.extract(r"(?:.*:)?([A-Za-z]+)")[0]
-    rows["length_mean"] = rows["length_mean"].fillna(env.map(FIXED_LENGTHS))
-    return rows.sort_values(KEY, key=order)
+    return rows.fillna({"length_mean": env.map(FIXED_LENGTHS), "version": 1}).sort_values(KEY, key=order)
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -303,7 +301,8 @@ def different_settings(rows: pd.DataFrame) -> list[str]:
     """A line for each cell whose seeds had not all the same command (but for seed and folders) and evaluation."""
     own = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)"
     made = "`" + rows["command"].fillna("not recorded").str.replace(own, "", regex=True) + "`, evaluated over "
-    rows, lines = rows.assign(made=made + rows["episodes"].astype(str) + " episodes"), []
+    made += rows["episodes"].map("{:g} episodes, ".format) + rows["version"].map("version {:g}".format)
+    rows, lines = rows.assign(made=made), []
     for (env_id, steps, algorithm, method), seeds in rows.groupby(CELL, sort=False):
         if seeds["made"].nunique() > 1:
             sides = [f"seeds {' '.join(map(str, some))}: {made}" for made, some in seeds.groupby("made")["seed"]]
@@ -313,7 +312,7 @@ def different_settings(rows: pd.DataFrame) -> list[str]:
 
 def write_statistics(rows: pd.DataFrame, folder: Path) -> None:
     """methods.csv and pairs.csv."""
-    measures = rows.drop(columns=KEY).select_dtypes("number")
+    measures = rows.drop(columns=[*KEY, *EVALUATED]).select_dtypes("number")
     long = rows[CELL].join(measures).melt(CELL, var_name="measure").dropna().groupby([*CELL, "measure"], sort=False)
     table = long["value"].agg(seeds="count", median="median", lowest="min", highest="max")
     table.to_csv(folder / "methods.csv", float_format="%.6g", lineterminator="\n")

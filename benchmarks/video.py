@@ -23,10 +23,28 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from benchmarks import plot
-from benchmarks.common import Run, UserError, user_errors
-from benchmarks.plot import Dimension, Episode, EpisodeNumber, Labels, Paths
+from benchmarks.common import Episode, Run, UserError, require, user_errors
+from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths
 
 MEGABYTES, COLOURS = 2.0, 48  # of a GIF
+
+
+class Camera(gym.Wrapper):
+    """Keeps a picture of every `stride`th of an episode's first `steps` states."""
+
+    def __init__(self, env: gym.Env, steps: int, stride: int):
+        super().__init__(env)
+        self.steps, self.stride, self.action = steps, stride, env.action
+
+    def reset(self, **kwargs):
+        self.step_number, self.frames = 0, []
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        if self.step_number < self.steps and self.step_number % self.stride == 0:
+            self.frames.append(self.env.render())
+        self.step_number += 1
+        return self.env.step(action)
 
 
 def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, list[np.ndarray], int, float]:
@@ -35,29 +53,23 @@ def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, lis
     spec.kwargs["render_mode"] = "rgb_array"
     if "mujoco" in str(spec.entry_point):
         spec.kwargs["camera_name"] = "track"  # follows the body; the default camera is left behind
-    frames = []
-    with run.script.make_env(spec) as env:
-        rate = env.metadata.get("render_fps", 30)
-        stride = max(1, round(rate / fps))
-
-        def watch(step):
-            if step < steps and step % stride == 0:
-                try:
-                    frames.append(env.render())
-                except Exception as error:  # every backend has its own
-                    cause = " ".join(str(error).split())
-                    cure = "MuJoCo needs the Debian package libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
-                    raise UserError(f"cannot render {run.args.env_id} ({cause}); {cure}") from error
-
-        return plot.play(run, episode, env, watch), frames, stride, rate / stride
+    try:
+        env = run.script.make_env(spec)
+        env.reset()
+        env.render()
+    except Exception as error:  # every backend has its own
+        cure = "MuJoCo needs the Debian package libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
+        raise UserError(f"cannot render {run.args.env_id} ({' '.join(str(error).split())}); {cure}") from error
+    rate = env.metadata.get("render_fps", 30)
+    stride = max(1, round(rate / fps))
+    camera = Camera(env, steps, stride)
+    return plot.play(run, episode, camera), camera.frames, stride, rate / stride
 
 
 def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarray]:
     """The video's pictures: a panel for each run with its caption, and the action's trace so far below."""
-    colours, (episodes, frames, (stride, *_), _) = (
-        plot.colours_of(label for label, _ in shown),
-        zip(*films, strict=True),
-    )
+    episodes, frames, (stride, *_), _ = zip(*films, strict=True)
+    colours = plot.colours_of(label for label, _ in shown)
     height, width = np.shape(frames[0][0])[:2]
     tall = plot.WIDTH / len(shown) * height / width
     size = {"figsize": (plot.WIDTH, tall + 1.9), "height_ratios": (tall, 1.2), "dpi": dpi}
@@ -104,23 +116,23 @@ def video(
     fps: Annotated[float, tyro.conf.arg(help="pictures a second; the speed stays the env's own")] = 17.0,
 ) -> None:
     """Play an episode of each run and write the video; a GIF gets smaller until it has 2 MB."""
-    if output.suffix not in (".gif", ".mp4") or not output.parent.is_dir():
-        raise UserError(f"--output is {output}; it must end in .gif or .mp4, in a folder that is there")
-    if steps < 2 or fps < 1:
-        raise UserError(f"--steps is {steps} and --fps {fps:g}; they must be at least 2 and 1")
+    fit = output.suffix in (".gif", ".mp4") and output.parent.is_dir()
+    require(fit, f"--output is {output}; it must end in .gif or .mp4, in a folder that is there")
+    require(steps > 1 and fps >= 1, f"--steps is {steps} and --fps {fps:g}; they must be at least 2 and 1")
     shown = plot.name_seeds(plot.open_runs(runs, labels))
     films = [record(run, episode, steps, fps) for _, run in shown]
     dimension, rate = plot.choose_action(films[0][0].env_actions[:steps], dimension), films[0][3]
-    for dpi in (100, 85, 72, 61, 52, 44):
-        pictures = draw(shown, films, dimension, steps, dpi)
-        if output.suffix == ".mp4":
-            even = np.stack([p[: len(p) // 2 * 2, : p.shape[1] // 2 * 2] for p in pictures])
-            iio.imwrite(output, even, plugin="FFMPEG", fps=rate, macro_block_size=2)
-            break
-        if (size := write_gif(output, pictures, rate)) <= MEGABYTES:
-            break
+    if output.suffix == ".mp4":
+        pictures = draw(shown, films, dimension, steps, 100)
+        even = np.stack([p[: len(p) // 2 * 2] for p in pictures])  # what MP4's codec wants
+        iio.imwrite(output, even, plugin="FFMPEG", fps=rate, macro_block_size=2)
     else:
-        raise UserError(f"{output} has {size:.1f} MB even at its smallest: lower --steps or --fps")
+        for dpi in (100, 85, 72, 61, 52, 44):
+            pictures = draw(shown, films, dimension, steps, dpi)
+            size = write_gif(output, pictures, rate)
+            if size <= MEGABYTES:
+                break
+        require(size <= MEGABYTES, f"{output} has {size:.1f} MB even at its smallest: lower --steps or --fps")
     print(f"wrote {output}: {len(pictures)} pictures, {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
 
 
