@@ -390,7 +390,10 @@ def section(rows: pd.DataFrame, folder: Path) -> list[str]:
 
     if "return_std" in done and (error := (done["return_std"] / done["episodes"] ** 0.5).median()) > 0:
         parts.append(f"Other starts would move a run's mean return by some ±{number(error)} (standard error).")
-    parts += [unequal_lengths(done), tables(rows)]
+    parts.append(unequal_lengths(done))
+    if done["noise_reference"].nunique(dropna=False) > 1:
+        parts.append("The observation noise differs between runs here (`noise_reference`): **don't compare it**.")
+    parts.append(tables(rows))
     if done[~ablation]["method"].nunique() > 1:
         show(plot.tradeoff_figure(done[~ablation], title), "tradeoff", "return against sm and oscillation")
         show(plot.noise_figure(done[~ablation], title), "noise", "return and sm under observation noise")
@@ -421,7 +424,7 @@ def main(args: Args) -> None:
         for _, part in rows.groupby(["env_id", "steps"]):
             parts += section(part, folder)
     lines = different_settings(done)
-    parts += ["## Seeds trained differently", "\n".join(lines) or "None: the seeds of a row share one command."]
+    parts += ["## Seeds trained or evaluated differently", "\n".join(lines) or "None."]
     lines = [f"- {r.algorithm.upper()} {r.method} on {r.env_id}, seed {r.seed}: {r.missing}" for r in gone.itertuples()]
     parts += ["## Runs without a result", "\n".join(lines) or "None."]
     where = folder.resolve().relative_to(ROOT) if folder.resolve().is_relative_to(ROOT) else folder

@@ -159,12 +159,13 @@ def test_the_mean_is_over_the_envs_that_base_pave_and_auto_share(tmp_path):
 
 def test_different_settings_are_never_averaged_silently(tmp_path):
     rows = [row(seed=s, command=f"x.py --gamma 0.9 --seed {s} --output-dir '/a b/{s}'") for s in (1, 2)]
-    assert "share one command" in make(tmp_path, rows)
+    assert "differently\n\nNone." in make(tmp_path, rows)
     rows += [row(seed=3, command="x.py --gamma 0.8 --seed 3"), row("pave", 1), row("pave", 2, episodes=30)]
     text = make(tmp_path, [*rows, row(seed=4, steps=50_000, sm=7.0)])
-    told = after(text, "## Seeds trained differently")
+    told = after(text, "## Seeds trained or evaluated differently")
     assert "seeds 3: `x.py --gamma 0.8`" in told and "seeds 1 2: `x.py --gamma 0.9`, evaluated over 10" in told
-    assert "TD3 pave on Hopper-v5, 100,000 steps: seeds 1: `x.py`, evaluated over 10 episodes, version 1; seeds 2" in told
+    assert "TD3 pave on Hopper-v5, 100,000 steps: seeds 1: `x.py`, evaluated over 10 episodes, version 1; " in told
+    assert "noise differs" not in text and "noise differs" in make(tmp_path, [*rows, row(noise_reference="a run")])
     assert "## Hopper-v5, 50,000 steps" in text and "7.000" not in after(text, "## Hopper-v5, 100,000")
 
 
