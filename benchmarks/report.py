@@ -349,27 +349,30 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 
 
 def saturation_figure(rows: pd.DataFrame) -> plt.Figure | None:
-    """How much of base's actions is at a limit against what a method gains in sm: a mark for each method and env."""
+    """How much of base's actions is at a limit against what a method gains: a mark for each method and env."""
     if "saturation" not in rows:
         return None
-    medians = rows[rows["method"].isin(plot.METHODS)].groupby(CELL)[["saturation", "smoothness_mean"]].median()
-    base = medians.xs("base", level="method").rename(columns="base_{}".format)
-    points = medians.drop(index="base", level="method").join(base, on=CELL[:-1]).dropna().reset_index()
+    gains = {"smoothness_mean": "sm / base's sm", "oscillation": "oscillation / base's oscillation"}
+    medians = rows[rows["method"].isin(plot.METHODS)].groupby(CELL, as_index=False)[["saturation", *gains]].median()
+    is_base, suffixes = medians["method"] == "base", ("", "_base")
+    points = medians[~is_base].merge(medians[is_base], on=CELL[:-1], suffixes=suffixes).dropna(subset="saturation_base")
     if points.empty:
         return None
-    figure, axis = plt.subplots(figsize=(plot.WIDTH * 0.67, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(plot.WIDTH, 4))
     colours = plot.colours_of(plot.METHODS)
-    points["gain"] = points["smoothness_mean"] / points["base_smoothness_mean"]
-    for (algorithm, method), part in points.groupby(["algorithm", "method"]):
-        look = {"edgecolor": colours[method], "facecolor": colours[method] if algorithm == "sac" else "none"}
-        axis.scatter(part["base_saturation"], part["gain"], label=f"{algorithm.upper()} {method}", **look)
-    for point in points.itertuples():
-        name, place = re.sub(r"^.*:|-v\d+$", "", point.env_id), (point.base_saturation, point.gain)
-        axis.annotate(name, place, (5, 3), textcoords="offset points", fontsize=7)
-    axis.axhline(1, color="#999999", linewidth=0.8)
-    axis.set(xlabel="saturation of base's actions", ylabel="sm / base's sm (below 1: smoother)")
-    axis.legend(fontsize=8)
-    axis.set_title("what base saturates, and what a method gains in sm (medians)", fontsize=10)
+    for axis, (measure, label) in zip(axes, gains.items(), strict=True):
+        points["gain"] = points[measure] / points[f"{measure}_base"]
+        for (algorithm, method), part in points.groupby(["algorithm", "method"]):
+            look = {"edgecolor": colours[method], "facecolor": colours[method] if algorithm == "sac" else "none"}
+            axis.scatter(part["saturation_base"], part["gain"], label=f"{algorithm.upper()} {method}", **look)
+        for point in points.drop_duplicates(["env_id", "algorithm"]).itertuples():
+            name, place = re.sub(r"^.*:|-v\d+$", "", point.env_id), (point.saturation_base, point.gain)
+            axis.annotate(name, place, (0, 7), textcoords="offset points", ha="center", fontsize=7)
+        axis.axhline(1, color="#999999", linewidth=0.8)
+        axis.set(xlabel="saturation of base's actions", ylabel=f"{label}\n(below 1: smoother)")
+        axis.margins(0.25, 0.1)
+    axes[1].legend(fontsize=8)
+    figure.suptitle("What base saturates, and what a method gains (medians)")
     return figure
 
 
@@ -420,7 +423,7 @@ def main(args: Args) -> None:
     with plt.rc_context(plot.STYLE):
         if figure := saturation_figure(done):
             plot.save(figure, folder / "saturation.png")
-            parts.append("![saturation of base's actions against the gain in sm](saturation.png)")
+            parts.append("![saturation of base's actions against what a method gains](saturation.png)")
         for _, part in rows.groupby(["env_id", "steps"]):
             parts += section(part, folder)
     lines = different_settings(done)

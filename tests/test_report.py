@@ -177,8 +177,9 @@ def test_ablation_and_saturation(tmp_path, drawn):
     assert told["TD3 ablation-001"]["P(smoother)"] == "0.00"
     axis = drawn["Walker2d-v5_100000_ablation.png"].axes[0]
     assert [t.get_text() for t in axis.get_xticklabels()][3:6] == ["VFC\nCurv", "MPR", "MPR\nCurv"]
-    (points,) = drawn["saturation.png"].axes[0].collections
-    assert points.get_offsets().tolist() == [[0.75, 0.25]]
+    gains = [axis.collections[0].get_offsets().tolist() for axis in drawn["saturation.png"].axes]
+    assert gains == [[[0.75, 0.25]], [[0.75, 1.0]]]  # in sm, in oscillation
+    assert "saturation.png" not in make(tmp_path, [row("pave", saturation=0.1)])  # no base
 
 
 def test_the_published_report_is_that_of_its_csv(tmp_path):
