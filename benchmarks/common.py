@@ -1,68 +1,160 @@
-"""STAND-IN, written only so that plot, report, video and throughput can run before the real common.py is there."""
+"""What the tools here share: runs of both scripts read and played, the machine's name, errors of one line."""
 
 import contextlib
+import importlib.metadata
 import json
+import os
+import platform
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
+import gymnasium as gym
+import numpy as np
 import torch
 
 import sac_pave_continuous
 import td3_pave_continuous
-from sac_pave_continuous import UserError
+from sac_pave_continuous import UserError, require
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {script.SCRIPT: script for script in (sac_pave_continuous, td3_pave_continuous)}
+USER_ERRORS = (UserError, td3_pave_continuous.UserError, OSError)  # OSError: a folder not writable, say
 
 
 @contextlib.contextmanager
 def user_errors():
+    """End the program with one line and exit code 2 on what the user can mend: for every command in benchmarks/."""
     try:
         yield
-    except (UserError, td3_pave_continuous.UserError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 @dataclass
 class Run:
+    """A trained agent on the CPU, without gradients."""
+
     path: Path
-    algorithm: str
-    method: str
-    script: object
-    args: object
-    actor: torch.nn.Module
-    critic: torch.nn.Module
-    step: int
+    algorithm: str  # "sac" or "td3"
+    method: str  # see method_of
+    script: ModuleType
+    args: SimpleNamespace  # the training's settings; what an older version of the script didn't have is at its default
+    actor: torch.nn.Module  # script.Actor, float32 as trained
+    critic: torch.nn.Module | None  # script.QNetwork Q1, float64, since it is only differentiated
+    step: int  # env steps of training
 
 
-def load_run(path) -> Run:
+def method_of(script: ModuleType, args: dict) -> str:
+    """base, pave, untuned, auto, caps, ablation-ijk (a 0 for each of the env's lambdas that is off) or own, of settings
+    in which the lambdas are numbers. Where the script has no tuned lambdas for the env, what it takes is untuned.
+    """
+    if "caps_temporal" in args or args["autotune_curv"]:
+        return "caps" if "caps_temporal" in args else "auto"
+    lambdas, env = tuple(args[name] for name in script.LAMBDAS), re.sub(r"-v\d+$", "", args["env_id"])
+    tuned = script.TUNED_LAMBDAS.get(env)
+    names = {(0, 0, 0): "base", script.UNTUNED_LAMBDAS: "untuned", tuned: "pave"}
+    ablated = all(value in (0, whole) for value, whole in zip(lambdas, tuned or script.UNTUNED_LAMBDAS, strict=True))
+    return names.get(lambdas, "ablation-" + "".join(str(int(value > 0)) for value in lambdas) if ablated else "own")
+
+
+def settings_of(script: ModuleType, saved: dict, run_dir: Path) -> dict:
+    """All settings of a run, also of an older version of its script, from those that it saved."""
+    caps = run_dir / "caps.json"  # where CAPS once kept its weights; now they are among the saved settings
+    return vars(script.Args()) | saved | (json.loads(caps.read_text()) if caps.is_file() else {})
+
+
+def load_run(path: str | Path, need_critic: bool = True) -> Run:
+    """Read a run's folder: checkpoint.pt or, unless need_critic, actor.pt, which has none. UserError where it can't."""
     path = Path(path)
-    if not (path / "checkpoint.pt").is_file():
-        raise UserError(f"{path} is not a run folder: it has no checkpoint.pt")
+    file = path / "checkpoint.pt"
+    if not file.is_file() and (path / "actor.pt").is_file():
+        require(not need_critic, f"{path} has no checkpoint.pt, and its actor.pt alone has no critic")
+        file = path / "actor.pt"
+    require(file.is_file(), f"{path} is not a run folder: it has no checkpoint.pt")
     try:
-        saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-        script, args, weights = SCRIPTS[saved["script"]], saved["args"], saved["agent"]
-        s = weights["actor.net.0.weight"].shape[1]
-        a = weights["critics.0.net.0.weight"].shape[1] - s
-        actor, critic = script.Actor(s, a), script.QNetwork(s, a)
-        for prefix, net in {"actor.": actor, "critics.0.": critic}.items():
-            net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-            net.requires_grad_(False)
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # mmap: leave the buffer unread
+        script = SCRIPTS[saved["script"]]
+        args, algorithm = settings_of(script, saved["args"], path), script.SCRIPT.partition("_")[0]
+        weights = saved.get("agent") or {f"actor.{name}": value for name, value in saved["actor"].items()}
+        outputs = len(weights["actor.net.4.bias"])
+        sizes = weights["actor.net.0.weight"].shape[1], outputs // 2 if algorithm == "sac" else outputs  # mean, std
+        networks = {"actor.": script.Actor(*sizes)}
+        if "agent" in saved:
+            networks["critics.0."] = script.QNetwork(*sizes)
+        for prefix, network in networks.items():
+            network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+            network.requires_grad_(False)
+        actor, critic = networks["actor."], networks.get("critics.0.")
     except Exception as error:
-        raise UserError(f"cannot read {path / 'checkpoint.pt'} ({' '.join(str(error).split())[:200]})") from error
-    lambdas = [args[name] for name in script.LAMBDAS]
-    tuned = script.validate(script.Args(env_id=args["env_id"]))
-    method = "auto" if args["autotune_curv"] else "base" if not any(lambdas) else "pave"
-    if method == "pave" and lambdas != [getattr(tuned, name) for name in script.LAMBDAS]:
-        method = "untuned" if tuple(lambdas) == script.UNTUNED_LAMBDAS else "own"
-    if (path / "caps.json").is_file():
-        method = "caps"
-        args = args | json.loads((path / "caps.json").read_text())
-    algorithm = script.SCRIPT.partition("_")[0]
-    return Run(path, algorithm, method, script, SimpleNamespace(**args), actor, critic.double(), saved["step"])
+        cause = " ".join(repr(error).split())[:200]
+        raise UserError(f"cannot read {file}: damaged, or not of {' or '.join(SCRIPTS)} ({cause})") from error
+    method, critic = method_of(script, args), critic and critic.double()
+    return Run(path, algorithm, method, script, SimpleNamespace(**args), actor, critic, saved["step"])
 
 
-def machine() -> dict:
-    return {"machine": "stand-in", "torch": torch.__version__, "commit": None}
+class Episode(NamedTuple):
+    """What truly happened in one episode of T steps."""
+
+    observations: np.ndarray  # (T, d_s) float32, raw, without noise; without the last one, never acted on
+    actions: np.ndarray  # (T, d_a) float32, in [-1, 1]
+    env_actions: np.ndarray  # (T, d_a), in the env's own units
+    rewards: np.ndarray  # (T,)
+
+
+class Recorder(gym.Wrapper):
+    """Keeps every step of `env` (of script.make_env), and shows observations with uniform noise of +-`noise`."""
+
+    def __init__(self, env: gym.Env, noise):
+        super().__init__(env)
+        self.noise, self.episodes, self.action = noise, [], env.action
+
+    def noisy(self):
+        return np.float32(self.observation + self.rng.uniform(-1, 1, self.observation.shape) * self.noise)
+
+    def reset(self, *, seed=None, options=None):
+        self.observation, info = self.env.reset(seed=seed, options=options)
+        # the same draws for each policy and level; default_rng(seed) would repeat the env's own draws of the start
+        self.rng = np.random.default_rng([seed, 1])
+        self.episodes.append([])
+        return self.noisy(), info
+
+    def step(self, action):
+        seen = self.observation
+        self.observation, reward, *rest = self.env.step(action)
+        self.episodes[-1].append((seen, action, self.action(action).ravel(), reward))
+        return self.noisy(), reward, *rest
+
+
+def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Episode], dict[str, float]]:
+    """Episodes of the deterministic policy and their metrics, both by script.evaluate: same starts, same measures.
+
+    noise: half-width of the uniform noise on what the policy sees, a number or (d_s,), in the observation's own units
+    """
+    recorder = Recorder(env, noise)
+    metrics = run.script.evaluate(run.actor, recorder, episodes)
+    return [Episode(*map(np.array, zip(*steps, strict=True))) for steps in recorder.episodes], metrics
+
+
+def machine() -> dict[str, str | None]:
+    """What a measurement made here and now depends on: machine, torch, commit."""
+
+    def told(*command) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:  # not installed
+            return ""
+
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
+    parts = [model[1] if model else platform.machine(), f"{os.cpu_count()} cores"]
+    parts += told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()[:1]
+    parts += [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
+    commit = told("git", "-C", ROOT, "rev-parse", "HEAD")
+    commit += "-dirty" if told("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no") else ""
+    return {"machine": ", ".join(parts), "torch": importlib.metadata.version("torch"), "commit": commit or None}

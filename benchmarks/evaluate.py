@@ -1,14 +1,18 @@
 """Is a trained agent smooth and robust, and what does its critic look like? For the run folders of either script.
 
-    python benchmarks/evaluate.py runs/HalfCheetah-v5__sac_pave_continuous__1__* --episodes 10
+    python -m benchmarks.evaluate runs/HalfCheetah-v5__sac_pave_continuous__1__* --episodes 10
 
-prints one table and writes evaluation.json and evaluation.csv into each run folder. What the numbers are:
+prints one table and writes evaluation.json into each run folder; what is there already, from the same code, step and
+number of episodes, is kept. What the numbers are:
 
-    return, smoothness, oscillation   the script's own evaluate(): deterministic policy, fixed starts, env action units
+    return, smoothness, oscillation,  the script's own evaluate(): deterministic policy, fixed starts, env action units.
+    length                            smoothness (sm) grows with the length: compare it at equal lengths only
+    saturation                        share of action entries within 1 % of a limit: beyond +-0.98 in [-1, 1]
+    saturation_outward                share of states where a component of grad_a Q1 points outwards at such a limit: the
+                                      theorem presumes a maximum of Q inside the action box, and there is none
     m_sup, m_mean                     ||d2Q/dsda||_2, largest and mean: how fast the action gradient turns with s
     neg_def                           share of states where d2Q/da2 is negative definite, as at a strict maximum
     mu_inf                            smallest |lambda_max(d2Q/da2)| over those states
-    mu_defined_share                  the share of states that mu_inf is taken over, so the same number as neg_def
     trace_abs_inf                     smallest |tr d2Q/da2| over all states: what the paper's release reports for mu; it
                                       needs no negative definiteness, and bounds nothing
     cosine_mean, flip_rate            cosine of grad_a Q1 at consecutive steps of an episode: mean, and share below 0
@@ -16,8 +20,9 @@ prints one table and writes evaluation.json and evaluation.csv into each run fol
     bound_sup                         M/mu = m_sup / mu_inf, the theorem's bound on the greedy policy's slope
     bound_holds_share                 share of the negative definite states where
                                       ||dpi/ds||_2 <= ||d2Q/dsda||_2 / |lambda_max(d2Q/da2)|
-    robustness                        return and smoothness where the policy sees each observation with uniform noise of
-                                      +-level standard deviations; the env steps from the true state
+    robustness                        return, smoothness and length where the policy sees each observation with uniform
+                                      noise of +-level standard deviations; the env steps from the true state. The
+                                      standard deviations are the same for every run of an env (--noise-reference)
 
 Geometry is exact (no finite difference, no probe), in float64, of the first critic Q1 at every visited (s, pi(s)), with
 actions in [-1, 1] and raw observations, as both networks see them. What is defined nowhere is null.
@@ -28,144 +33,42 @@ there for free): bound_holds_share is a measurement, neither proof nor refutatio
 the edge of concavity makes it tiny and bound_sup huge.
 """
 
-import contextlib
 import copy
-import csv
 import json
 import math
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the two scripts are files in the root, not a package
+from benchmarks.common import Episode, Run, UserError, load_run, require, rollout, user_errors
+from sac_pave_continuous import action_gradient
 
-import sac_pave_continuous
-import td3_pave_continuous
-from sac_pave_continuous import UserError
-
-SCRIPTS = {script.SCRIPT: script for script in (sac_pave_continuous, td3_pave_continuous)}
-USER_ERRORS = (*(script.UserError for script in SCRIPTS.values()), OSError)  # OSError: a folder not writable, say
+VERSION = 2  # of what evaluation.json holds: raise it with every change to how a number is computed
 NOISE_LEVELS = (0.01, 0.025, 0.05, 0.1)  # the paper's, in standard deviations of each observation dimension
+REFERENCE_EPISODES, RANDOM_POLICY = 10, "uniformly random policy"
+LIMIT = 0.98  # of actions in [-1, 1]: 1 % of their range from its end
 CHUNK = 250  # rows of a Hessian at a time: bounds the memory, and is faster than 1,000 rows (cache)
 
 
-@contextlib.contextmanager
-def user_errors():
-    """End the program with one line and exit code 2 on what the user can mend: for every command in benchmarks/."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-class Run(NamedTuple):
-    """A trained agent on the CPU, without gradients."""
-
-    path: Path
-    label: str  # "SAC" or "SAC + PAVE"
-    script: ModuleType  # sac_pave_continuous or td3_pave_continuous
-    args: object  # script.Args of the training
-    actor: torch.nn.Module  # script.Actor, float32 as trained
-    critic: torch.nn.Module  # script.QNetwork Q1, float64: it is only differentiated
-    step: int  # env steps of training
-
-
-def load_run(path: str | Path) -> Run:
-    """Read the folder of a run; UserError where it has no checkpoint.pt that either script wrote."""
-    path = Path(path)
-    file = path / "checkpoint.pt"
-    if not file.is_file():
-        raise UserError(f"{path} is not a run folder: it has no checkpoint.pt")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # mmap: leave the buffer unread
-    except Exception as error:
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {file}: it is truncated or no checkpoint ({cause})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") not in SCRIPTS:
-        raise UserError(f"{file} was written by neither of {', '.join(SCRIPTS)}")
-    script = SCRIPTS[checkpoint["script"]]
-    try:
-        args, weights = script.Args(**checkpoint["args"]), checkpoint["agent"]
-        observation_dim = weights["actor.net.0.weight"].shape[1]
-        action_dim = weights["critics.0.net.0.weight"].shape[1] - observation_dim
-        actor, critic = script.Actor(observation_dim, action_dim), script.QNetwork(observation_dim, action_dim)
-        for prefix, network in {"actor.": actor, "critics.0.": critic}.items():
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-            network.requires_grad_(False)
-    except (KeyError, TypeError, RuntimeError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is of another version of {script.SCRIPT}.py ({cause})") from error
-    pave = any(getattr(args, name) for name in script.LAMBDAS)
-    label = script.SCRIPT.partition("_")[0].upper() + (" + PAVE" if pave else "")
-    return Run(path, label, script, args, actor, critic.double(), checkpoint["step"])
-
-
-# ------------------------------------------------------------------------------------------------------- episodes
-
-
-class Episode(NamedTuple):
-    """What truly happened in one episode of T steps."""
-
-    observations: np.ndarray  # (T, d_s) float32, raw, without noise; without the last one, never acted on
-    actions: np.ndarray  # (T, d_a) float32, in [-1, 1]
-    env_actions: np.ndarray  # (T, d_a), in the env's own units
-    rewards: np.ndarray  # (T,)
-
-
-class Rollout(NamedTuple):
-    episodes: list[Episode]
-    metrics: dict[str, float]  # what script.evaluate returns
-
-
-class Recorder(gym.Wrapper):
-    """Keeps every step of `env` (from script.make_env), and shows observations with uniform noise of +-`noise`."""
-
-    def __init__(self, env: gym.Env, noise, progress: Callable):
-        super().__init__(env)
-        self.noise, self.progress, self.episodes = noise, progress, []
-
-    def noisy(self):
-        return self.observation + self.rng.uniform(-1, 1, self.observation.shape) * self.noise
-
-    def reset(self, *, seed=None, options=None):
-        self.observation, info = self.env.reset(seed=seed, options=options)
-        self.rng = np.random.default_rng(seed)  # the same draws at every noise level
-        self.episodes.append([])
-        return self.noisy(), info
-
-    def step(self, action):
-        seen = np.array(self.observation, dtype=np.float32)
-        self.observation, reward, terminated, truncated, info = self.env.step(action)
-        self.episodes[-1].append((seen, action, self.action(action), float(reward)))
-        if terminated or truncated:
-            self.progress()
-        return self.noisy(), reward, terminated, truncated, info
-
-    def action(self, action):
-        return self.env.get_wrapper_attr("action")(action)
-
-
-def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0, progress: Callable = lambda: None) -> Rollout:
-    """Episodes of the deterministic policy, played by the script's own evaluate(): same starts, same metrics.
-
-    noise: half-width of the uniform noise on what the policy sees, a number or (d_s,), in the observation's own units
-    progress: called after each episode
-    """
-    recorder = Recorder(env, noise, progress)
-    metrics = run.script.evaluate(run.actor, recorder, episodes)
-    columns = [zip(*steps, strict=True) for steps in recorder.episodes]
-    return Rollout([Episode(*map(np.array, episode)) for episode in columns], metrics)
+@dataclass
+class Args:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """run folders of sac_pave_continuous.py or td3_pave_continuous.py"""
+    episodes: int = 10
+    """episodes without noise, and again at each noise level"""
+    noise_reference: Path | None = None
+    """whose visited states give the noise's standard deviations: a run folder, or an evaluation.json, to take over
+    its own; None: a uniformly random policy"""
+    csv: Path | None = None
+    """also write all runs into this one CSV"""
 
 
 # ------------------------------------------------------------------------------------------------------- geometry
@@ -178,7 +81,7 @@ def critic_hessians(critic, observations, actions) -> tuple[torch.Tensor, torch.
     """
 
     def gradient(observation, action):
-        return sac_pave_continuous.action_gradient(critic, observation[None], action[None])[0][0]
+        return action_gradient(critic, observation[None], action[None])[0][0]
 
     jacobians = torch.func.jacrev(gradient, argnums=(0, 1))
     return torch.func.vmap(jacobians, chunk_size=CHUNK)(observations, actions)
@@ -187,11 +90,6 @@ def critic_hessians(critic, observations, actions) -> tuple[torch.Tensor, torch.
 def mixed_hessians(critic, observations, actions) -> torch.Tensor:
     """Exact d2Q/dsda (B, d_a, d_s)."""
     return critic_hessians(critic, observations, actions)[0]
-
-
-def action_hessians(critic, observations, actions) -> torch.Tensor:
-    """Exact d2Q/da2 (B, d_a, d_a)."""
-    return critic_hessians(critic, observations, actions)[1]
 
 
 def actor_jacobians(actor, observations) -> torch.Tensor:
@@ -205,39 +103,37 @@ def spectral_norms(matrices) -> torch.Tensor:
     return torch.linalg.matrix_norm(matrices, ord=2)
 
 
-def geometry(actor, critic, episodes: list[Episode], progress: Callable = lambda: None) -> dict[str, float]:
+def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
     """The metrics of the critic and the theorem (see the top of this file), NaN where undefined.
 
     actor, critic: float64 callables (B, d_s) -> (B, d_a) and (B, d_s), (B, d_a) -> (B,)
-    progress: called after each episode
     """
-    mixed, largest, trace, jacobian, cosine = [], [], [], [], []
+    columns = []
     for episode in episodes:
         observations, actions = (torch.from_numpy(part).double() for part in episode[:2])
-        mixed_hessian, action_hessian = critic_hessians(critic, observations, actions)
-        mixed.append(spectral_norms(mixed_hessian))
-        largest.append(torch.linalg.eigvalsh(action_hessian)[:, -1])
-        trace.append(action_hessian.diagonal(dim1=1, dim2=2).sum(-1))
-        jacobian.append(spectral_norms(actor_jacobians(actor, observations)))
-        gradient = sac_pave_continuous.action_gradient(critic, observations, actions)[0]
-        cosine.append(F.cosine_similarity(gradient[:-1], gradient[1:], dim=1))  # never across two episodes
-        progress()
-    mixed, largest, trace, jacobian, cosine = map(torch.cat, (mixed, largest, trace, jacobian, cosine))
+        mixed, hessians = critic_hessians(critic, observations, actions)
+        gradients = action_gradient(critic, observations, actions)[0]
+        cosines = F.cosine_similarity(gradients[:-1], gradients[1:], dim=1)  # never across two episodes
+        outward = ((actions.abs() > LIMIT) & (gradients * actions > 0)).any(dim=1)
+        largest, trace = torch.linalg.eigvalsh(hessians)[:, -1], hessians.diagonal(dim1=1, dim2=2).sum(-1)
+        slopes = spectral_norms(actor_jacobians(actor, observations))
+        columns.append((spectral_norms(mixed), largest, trace, slopes, outward.double(), cosines))
+    mixed, largest, trace, slopes, outward, cosines = map(torch.cat, zip(*columns, strict=True))
     concave = largest < 0
     mu = -largest[concave]
     mu_inf = mu.min() if len(mu) else torch.tensor(math.nan)
     values = {
+        "saturation_outward": outward.mean(),
         "m_sup": mixed.max(),
         "m_mean": mixed.mean(),
         "mu_inf": mu_inf,
-        "mu_defined_share": concave.double().mean(),
         "trace_abs_inf": trace.abs().min(),
         "neg_def": concave.double().mean(),
-        "cosine_mean": cosine.mean(),
-        "flip_rate": (cosine < 0).double().mean(),
-        "actor_jacobian_sup": jacobian.max(),
+        "cosine_mean": cosines.mean(),
+        "flip_rate": (cosines < 0).double().mean(),
+        "actor_jacobian_sup": slopes.max(),
         "bound_sup": mixed.max() / mu_inf,
-        "bound_holds_share": (jacobian[concave] <= mixed[concave] / mu).double().mean(),
+        "bound_holds_share": (slopes[concave] <= mixed[concave] / mu).double().mean(),
     }
     return {name: value.item() for name, value in values.items()}
 
@@ -245,81 +141,89 @@ def geometry(actor, critic, episodes: list[Episode], progress: Callable = lambda
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_run(run: Run, episodes: int = 10, progress: Callable = lambda: None) -> dict:
-    """What evaluation.json holds; `progress` is called 6 times an episode. UserError where there is no episode."""
-    if episodes < 1:
-        raise UserError(f"--episodes is {episodes}; it must be at least 1")
+def random_policy_std(env: gym.Env) -> np.ndarray:
+    """Standard deviations (d_s,) of what a uniformly random policy visits: same starts and actions at every call."""
+    env.action_space.seed(0)
+    observations = []
+    for episode in range(REFERENCE_EPISODES):
+        observation, over = env.reset(seed=10_000 + episode)[0], False
+        while not over:
+            observations.append(observation)
+            observation, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            over = terminated or truncated
+    return np.std(observations, axis=0, dtype=np.float64)
+
+
+def reference_std(env: gym.Env, reference: Path | None) -> np.ndarray:
+    """The noise's standard deviations (d_s,), see --noise-reference; UserError where they don't fit the env."""
+    if reference is None:
+        return random_policy_std(env)
+    if reference.is_dir():
+        episodes, _ = rollout(load_run(reference, need_critic=False), env, REFERENCE_EPISODES)
+        return np.concatenate([episode.observations for episode in episodes]).std(axis=0, dtype=np.float64)
+    try:
+        deviations = np.array(json.loads(reference.read_text())["noise_std"], np.float64)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--noise-reference {reference} is no evaluation.json with a noise_std ({error!r})") from error
+    require(deviations.shape == env.observation_space.shape, f"--noise-reference {reference} is of another env")
+    return deviations
+
+
+def about(run: Run, episodes: int, reference: Path | None = None) -> dict:
+    """What an evaluation hangs on."""
+    reference = str(reference.resolve()) if reference else RANDOM_POLICY
+    return {"version": VERSION, "step": run.step, "episodes": episodes, "noise_reference": reference}
+
+
+def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) -> dict:
+    """What evaluation.json holds; reference: see --noise-reference."""
     with run.script.make_env(run.args.env_id) as env:
-        visited = rollout(run, env, episodes, progress=progress)
-        deviation = np.concatenate([episode.observations for episode in visited.episodes]).std(axis=0, dtype=np.float64)
-        robustness = {
-            str(level): rollout(run, env, episodes, level * deviation, progress).metrics for level in NOISE_LEVELS
-        }
-    actor = copy.deepcopy(run.actor).double()
-    behaviour = ("return_mean", "return_std", "smoothness_mean", "smoothness_std", "oscillation")
-    values = {key: visited.metrics[key] for key in behaviour} | geometry(actor, run.critic, visited.episodes, progress)
-    return {key: value if math.isfinite(value) else None for key, value in values.items()} | {
-        "robustness": {
-            level: {key: metrics[key] for key in ("return_mean", "smoothness_mean")}
-            for level, metrics in robustness.items()
-        }
-    }
+        deviations, played = reference_std(env, reference), {}
+        for level in tqdm((0, *NOISE_LEVELS), desc=run.path.name, unit="level", disable=None, leave=False):
+            played[level] = rollout(run, env, episodes, level * deviations)
+    visited, metrics = played.pop(0)
+    saturated = np.abs(np.concatenate([episode.actions for episode in visited])) > LIMIT
+    values = metrics | {"saturation": saturated.mean()}
+    values |= geometry(copy.deepcopy(run.actor).double(), run.critic, visited)
+    values = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+    kept = ("return_mean", "smoothness_mean", "length_mean")
+    robustness = {str(level): {name: metrics[name] for name in kept} for level, (_, metrics) in played.items()}
+    noise = {"noise_std": deviations.tolist(), "robustness": robustness}
+    return about(run, episodes, reference) | values | noise
+
+
+def read_evaluation(path: Path) -> dict:
+    """A run's evaluation.json; {} where there is none, or half of one."""
+    try:
+        return json.loads((path / "evaluation.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def flat(evaluation: dict) -> dict[str, float]:
     """The evaluation as one row: robustness becomes the columns return_mean@0.01, smoothness_mean@0.01 and so on."""
-    row = {key: value for key, value in evaluation.items() if key != "robustness"}
+    row = {key: value for key, value in evaluation.items() if key not in ("robustness", "noise_std")}
     for level, metrics in evaluation["robustness"].items():
         row |= {f"{key}@{level}": value for key, value in metrics.items()}
     return row
 
 
-def write_csv(path: Path, runs: list[Run], evaluations: list[dict]) -> None:
-    """One row a run."""
-    rows = []
-    for run, evaluation in zip(runs, evaluations, strict=True):
-        about = {"run": run.path.resolve().name, "label": run.label, "env_id": run.args.env_id}
-        rows.append(about | {"seed": run.args.seed, "step": run.step} | flat(evaluation))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def table(runs: list[Run], evaluations: list[dict]) -> str:
-    """The evaluations side by side, one column a run."""
-    rows = [["", *(run.label for run in runs)], ["env", *(run.args.env_id for run in runs)]]
-    rows += [["seed", *(str(run.args.seed) for run in runs)], ["step", *(f"{run.step:,}" for run in runs)]]
-    columns = [flat(evaluation) for evaluation in evaluations]
-    for key in columns[0]:
-        rows.append([key, *("-" if column[key] is None else f"{column[key]:.4g}" for column in columns)])
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
-@dataclass
-class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """run folders of sac_pave_continuous.py or td3_pave_continuous.py"""
-    episodes: int = 10
-    """episodes without noise, and again at each noise level"""
-    csv: Path | None = None
-    """also write all runs into this one CSV"""
-
-
 def main(args: Args) -> None:
-    if not args.runs:
-        raise UserError("give at least one run folder")
-    runs, evaluations = [load_run(path) for path in args.runs], []
-    with tqdm(total=6 * args.episodes * len(runs), unit="episode", disable=None, leave=False) as bar:
-        for run in runs:
-            bar.set_description(run.path.name)
-            evaluations.append(evaluate_run(run, args.episodes, bar.update))
-            (run.path / "evaluation.json").write_text(json.dumps(evaluations[-1], indent=2, allow_nan=False) + "\n")
-            write_csv(run.path / "evaluation.csv", [run], evaluations[-1:])
-    print(table(runs, evaluations))
+    require(len(args.runs) > 0, "give at least one run folder")
+    require(args.episodes > 0, f"--episodes is {args.episodes}; it must be at least 1")
+    rows = []
+    for run in [load_run(path, need_critic=False) for path in args.runs]:
+        evaluation = read_evaluation(run.path)
+        if not about(run, args.episodes, args.noise_reference).items() <= evaluation.items():
+            evaluation = evaluate_run(load_run(run.path), args.episodes, args.noise_reference)
+            (run.path / "evaluation.json").write_text(json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
+        name = {"run": run.path.resolve().name, "algorithm": run.algorithm, "method": run.method}
+        rows.append(name | {"env_id": run.args.env_id, "seed": run.args.seed} | flat(evaluation))
+    table = pd.DataFrame(rows)
     if args.csv:
-        write_csv(args.csv, runs, evaluations)
+        table.to_csv(args.csv, index=False)
+    columns = table.drop(columns="run").T
+    print(columns.to_string(header=False, float_format="{:.4g}".format, na_rep="-"))
 
 
 if __name__ == "__main__":

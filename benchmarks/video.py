@@ -1,114 +1,108 @@
-"""An episode of two runs side by side, from the same start, the actions they take drawn below: GIF or MP4.
+"""One episode of each run side by side, all from the same start, the action's trace below: GIF (at most 2 MB) or MP4.
 
-    python benchmarks/video.py BASE PAVE --output comparison.gif        at most 2 MB
-    python benchmarks/video.py BASE PAVE --output comparison.mp4 --fps 30 --width 900
+    python -m benchmarks.video BASE PAVE --output comparison.gif
+    python -m benchmarks.video BASE PAVE --output comparison.mp4 --fps 50
 
 Needs no display. MuJoCo renders through EGL; MUJOCO_GL=osmesa is slower and needs no GPU driver.
 """
 
 import copy
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: it reads this once
+if "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported, which reads it once
 
 import gymnasium as gym
 import imageio.v3 as iio
 import numpy as np
-import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib import pyplot as plt
+from PIL import Image
 
-if __package__ in (None, ""):  # as a plain path, Python has benchmarks/ on its path but not the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from benchmarks import plot
+from benchmarks.common import Episode, Run, UserError, require, user_errors
+from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths
 
-from benchmarks.common import Run, UserError, user_errors
-from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths, choose_action, distinct, looks, open_runs
-
-
-class Film(NamedTuple):
-    """What happened in the first T steps of an episode."""
-
-    frames: list[Image.Image]  # T, of the states acted on
-    env_actions: np.ndarray  # (T, d_a), in the env's own units
-    rewards: list[float]
-    start: np.ndarray  # the first observation
-    fps: float  # the env's own
+MEGABYTES, COLOURS = 2.0, 48  # of a GIF
 
 
-@torch.no_grad()
-def record(run: Run, episode: int, steps: int) -> Film:
-    """Play evaluate()'s episode number `episode`, at most `steps` steps of it, and take a picture of each."""
+class Camera(gym.Wrapper):
+    """Keeps a picture of every `stride`th of an episode's first `steps` states."""
+
+    def __init__(self, env: gym.Env, steps: int, stride: int):
+        super().__init__(env)
+        self.steps, self.stride, self.action = steps, stride, env.action
+
+    def reset(self, **kwargs):
+        self.step_number, self.frames = 0, []
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        if self.step_number < self.steps and self.step_number % self.stride == 0:
+            self.frames.append(self.env.render())
+        self.step_number += 1
+        return self.env.step(action)
+
+
+def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, list[np.ndarray], int, float]:
+    """A whole episode, pictures of its first `steps` steps, env steps from one to the next, and pictures a second."""
     spec = copy.deepcopy(gym.spec(run.args.env_id))
     spec.kwargs["render_mode"] = "rgb_array"
     if "mujoco" in str(spec.entry_point):
         spec.kwargs["camera_name"] = "track"  # follows the body; the default camera is left behind
-    frames, env_actions, rewards, over = [], [], [], False
-    with run.script.make_env(spec) as env:
-        observation, _ = env.reset(seed=10_000 + episode)  # as evaluate() does
-        start = observation.copy()
-        while not over and len(frames) < steps:
-            try:
-                frames.append(Image.fromarray(env.render()))
-            except Exception as error:  # every backend has its own
-                cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                cure = "MuJoCo needs the Debian package libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
-                raise UserError(f"cannot render {run.args.env_id} ({cause}); {cure}") from error
-            action = run.actor(torch.as_tensor(observation, dtype=torch.float32)[None])[0].numpy()
-            env_actions.append(env.action(action).ravel())
-            observation, reward, terminated, truncated, _ = env.step(action)
-            rewards.append(reward)
-            over = terminated or truncated
-        return Film(frames, np.array(env_actions), rewards, start, env.metadata.get("render_fps", 30))
+    try:
+        env = run.script.make_env(spec)
+        env.reset()
+        env.render()
+    except Exception as error:  # every backend has its own
+        cure = "MuJoCo needs the Debian package libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
+        raise UserError(f"cannot render {run.args.env_id} ({' '.join(str(error).split())}); {cure}") from error
+    rate = env.metadata.get("render_fps", 30)
+    stride = max(1, round(rate / fps))
+    camera = Camera(env, steps, stride)
+    return plot.play(run, episode, camera), camera.frames, stride, rate / stride
 
 
-def compose(films: dict[str, Film], step: int, width: int, dimension: int, span: tuple[float, float]) -> Image.Image:
-    """One picture of all the films at a step: title, frame, and the action's trace so far; one that ended stays."""
-    panel, (low, high) = width // len(films) // 2 * 2, span
-    longest = max(len(film.frames) for film in films.values())
-    first = next(iter(films.values())).frames[0]
-    tall, trace, font = (
-        round(panel * first.height / first.width),
-        panel // 4,
-        ImageFont.load_default(max(9, panel // 24)),
-    )
-    title = 2 * font.size
-    picture = Image.new("RGB", (panel * len(films), (title + tall + trace) // 2 * 2), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (label, film) in enumerate(films.items()):
-        x, now = i * panel, min(step, len(film.frames) - 1)
-        draw.text((x + 6, font.size // 2), label, "black", font)
-        picture.paste(film.frames[now].resize((panel, tall), Image.Resampling.LANCZOS), (x, title))
-        along = x + 4 + (panel - 8) * np.arange(now + 1) / max(longest - 1, 1)
-        up = title + tall + 4 + (trace - 10) * (high - film.env_actions[: now + 1, dimension]) / max(high - low, 1e-9)
-        colour = looks(films)[label]["color"]
-        draw.line(list(zip(along, up, strict=True)) if now else [(along[0], up[0]), (along[0] + 1, up[0])], colour, 2)
-    return picture
+def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarray]:
+    """The video's pictures: a panel for each run with its caption, and the action's trace so far below."""
+    episodes, frames, (stride, *_), _ = zip(*films, strict=True)
+    colours = plot.colours_of(label for label, _ in shown)
+    height, width = np.shape(frames[0][0])[:2]
+    tall = plot.WIDTH / len(shown) * height / width
+    size = {"figsize": (plot.WIDTH, tall + 1.9), "height_ratios": (tall, 1.2), "dpi": dpi}
+    figure, (screens, traces) = plt.subplots(2, len(shown), sharex="row", sharey="row", squeeze=False, **size)
+    moving = []
+    for (label, run), played, film, screen, trace in zip(shown, episodes, frames, screens, traces, strict=True):
+        sm = run.script.smoothness(played.env_actions)
+        told = f"return {played.rewards.sum():,.0f}, sm {sm:.2f}, {len(played.rewards):,} steps"
+        screen.set_title(f"{label}\n", fontsize=14, fontweight="bold", color=colours[label])
+        screen.text(0.5, 1.02, told, fontsize=12, ha="center", va="bottom", transform=screen.transAxes)
+        screen.set_axis_off()
+        trace.plot(played.env_actions[:steps, dimension], color="#dddddd", linewidth=1)
+        trace.set(xlabel="step", xlim=(0, min(steps, max(len(e.rewards) for e in episodes))))
+        moving.append((screen.imshow(film[0]), *trace.plot([], [], color=colours[label], linewidth=1.5)))
+    traces[0].set_ylabel(f"action {dimension}")
+    pictures = []
+    for i in range(max(map(len, frames))):
+        for (screen, line), film, played in zip(moving, frames, episodes, strict=True):
+            screen.set_data(film[min(i, len(film) - 1)])  # an episode that ended stays on its last picture
+            line.set_data(*zip(*enumerate(played.env_actions[: min(steps, i * stride + 1), dimension]), strict=True))
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    return pictures
 
 
-def write(films, output: Path, fps: float, width: int, colours: int, megabytes: float, **traced) -> None:
-    """Write the video; a GIF's pictures get narrower until it fits."""
-    length = max(len(film.frames) for film in films.values())
-    rate = next(iter(films.values())).fps  # a frame is a step; with fewer fps some are left out, the speed stays
-    kept = np.unique(np.arange(0, length, max(1.0, rate / fps)).astype(int))
-    while True:
-        pictures = [compose(films, step, width, **traced) for step in kept]
-        if output.suffix == ".mp4":
-            arrays = np.stack([np.asarray(picture) for picture in pictures])
-            return iio.imwrite(output, arrays, plugin="FFMPEG", fps=min(fps, rate), macro_block_size=2)
-        sample = Image.fromarray(np.concatenate([np.asarray(p) for p in pictures[:: max(1, len(pictures) // 4)]]))
-        palette = sample.quantize(colours)  # one for all, without dithering: what doesn't move stays equal, and small
-        flat = [np.asarray(p.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")) for p in pictures]
-        iio.imwrite(output, np.stack(flat), plugin="pillow", duration=1000 / min(fps, rate), loop=0)
-        if output.stat().st_size <= 1e6 * megabytes:
-            return None
-        if width < 200:
-            raise UserError(f"{output} has more than {megabytes} MB even 200 pixels wide: lower --steps or --fps")
-        width = int(width * 0.85)
+def write_gif(output: Path, pictures: list[np.ndarray], fps: float) -> float:
+    """Write it with one palette and without dithering, so that what stands still costs nothing; its megabytes."""
+    sample = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 5)]))
+    palette = sample.quantize(COLOURS, dither=Image.Dither.NONE)
+    flat = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    flat[0].save(output, save_all=True, append_images=flat[1:], duration=round(100 / fps) * 10, loop=0, optimize=False)
+    return output.stat().st_size / 1e6
 
 
 def video(
@@ -117,38 +111,34 @@ def video(
     labels: Labels = (),
     output: Annotated[Path, tyro.conf.arg(help=".gif or .mp4")] = Path("video.gif"),
     episode: EpisodeNumber = 0,
-    steps: Annotated[int, tyro.conf.arg(help="length in env steps")] = 200,
     dimension: Dimension = None,
-    fps: Annotated[float, tyro.conf.arg(help="pictures a second; the speed stays the env's own")] = 20.0,
-    width: Annotated[int, tyro.conf.arg(help="pixels of all panels; a GIF that is too large gets narrower")] = 800,
-    colours: Annotated[int, tyro.conf.arg(help="of a GIF's palette")] = 64,
-    megabytes: Annotated[float, tyro.conf.arg(help="what a GIF may have")] = 2.0,
+    steps: Annotated[int, tyro.conf.arg(help="length in env steps; the caption is of the whole episode")] = 300,
+    fps: Annotated[float, tyro.conf.arg(help="pictures a second; the speed stays the env's own")] = 17.0,
 ) -> None:
-    """Play an episode of each run and write the video; UserError where something can't be."""
-    if output.suffix not in (".gif", ".mp4") or not output.parent.is_dir():
-        raise UserError(f"--output is {output}; it must end in .mp4 or .gif, in a folder that is there")
-    for name, value, least in (("steps", steps, 1), ("episode", episode, 0), ("fps", fps, 1), ("width", width, 100)):
-        if value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
-    if not 2 <= colours <= 256:
-        raise UserError(f"--colours is {colours}; it must be from 2 to 256")
-    shown = distinct(open_runs(runs, labels))
-    films = {label: record(run, episode, steps) for label, run in shown}
-    first = next(iter(films.values()))
-    dimension = choose_action(first.env_actions, dimension)
-    traces = [film.env_actions[:, dimension] for film in films.values()]
-    titles = {}
-    for (label, run), film in zip(shown, films.values(), strict=True):
-        sm = run.script.smoothness(film.env_actions)
-        titles[f"{label}: return {sum(film.rewards):,.0f}, sm {sm:.2f}, {len(film.rewards)} steps"] = film
-    span = min(map(np.min, traces)), max(map(np.max, traces))
-    write(titles, output, fps, width, colours, megabytes, dimension=dimension, span=span)
-    print(f"wrote {output}: {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
+    """Play an episode of each run and write the video; a GIF gets smaller until it has 2 MB."""
+    fit = output.suffix in (".gif", ".mp4") and output.parent.is_dir()
+    require(fit, f"--output is {output}; it must end in .gif or .mp4, in a folder that is there")
+    require(steps > 1 and fps >= 1, f"--steps is {steps} and --fps {fps:g}; they must be at least 2 and 1")
+    shown = plot.name_seeds(plot.open_runs(runs, labels))
+    films = [record(run, episode, steps, fps) for _, run in shown]
+    dimension, rate = plot.choose_action(films[0][0].env_actions[:steps], dimension), films[0][3]
+    if output.suffix == ".mp4":
+        pictures = draw(shown, films, dimension, steps, 100)
+        even = np.stack([p[: len(p) // 2 * 2] for p in pictures])  # what MP4's codec wants
+        iio.imwrite(output, even, plugin="FFMPEG", fps=rate, macro_block_size=2)
+    else:
+        for dpi in (100, 85, 72, 61, 52, 44):
+            pictures = draw(shown, films, dimension, steps, dpi)
+            size = write_gif(output, pictures, rate)
+            if size <= MEGABYTES:
+                break
+        require(size <= MEGABYTES, f"{output} has {size:.1f} MB even at its smallest: lower --steps or --fps")
+    print(f"wrote {output}: {len(pictures)} pictures, {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: `arguments`, or the program's own."""
-    with user_errors():
+    with user_errors(), plt.rc_context(plot.STYLE):
         tyro.cli(video, description=__doc__, args=arguments)
 
 

@@ -1,6 +1,5 @@
 """benchmarks/plot.py and video.py: groups, seeds, the field, videos from one start, one line on bad input."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,46 +7,34 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from make_run import BASE, LEVELS, make_run
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3
 
-plt = pytest.importorskip("matplotlib.pyplot", reason="needs benchmarks/requirements.txt")
+pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
 
-from benchmarks import plot  # noqa: E402
+from benchmarks import plot
+from benchmarks.common import load_run
 
 COMMANDS = ("field", "actions", "curves", "tradeoff", "noise")
-BASE = {"lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0}
-LEVELS = (0.01, 0.025, 0.05, 0.1)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of tiny runs, by name; `other` is on another env, and was never evaluated."""
-    settings = {"env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "batch_size": 32}
-    settings |= {"buffer_size": 1000, "eval_interval": 100, "eval_episodes": 1, "compile": False}
-    settings["output_dir"] = str(tmp_path_factory.mktemp("runs"))
+    """Run folders by name; their folders' names tell nothing."""
     untuned = dict(zip(sac.LAMBDAS, sac.UNTUNED_LAMBDAS, strict=True))
-    folders = {
-        "base": sac.train(sac.Args(**settings | BASE)),
-        "base_2": sac.train(sac.Args(**settings | BASE | {"seed": 2})),
-        "base_slow": sac.train(sac.Args(**settings | BASE | {"seed": 3, "q_lr": 1e-4})),
-        "pave": sac.train(sac.Args(**settings)),
-        "untuned": sac.train(sac.Args(**settings | untuned)),
-        "auto": sac.train(sac.Args(**settings | {"autotune_curv": True})),
-        "td3": td3.train(td3.Args(**settings | BASE)),
-    }
-    for i, folder in enumerate(folders.values()):
-        noise = {str(k): {"return_mean": -100.0 - i - k, "smoothness_mean": 0.1 + k} for k in LEVELS}
-        values = {"return_mean": -100.0 - i, "smoothness_mean": 0.1, "length_mean": 200.0, "robustness": noise}
-        (folder / "evaluation.json").write_text(json.dumps(values))
-    other = {"env_id": "MountainCarContinuous-v0", "total_timesteps": 200, "eval_episodes": 0}
-    folders["other"] = sac.train(sac.Args(**settings | BASE | other))
-    return {name: str(folder) for name, folder in folders.items()}
+    settings = {
+        "base": BASE, "base_2": BASE | {"seed": 2, "returns": (0.0, 0.0, -101.0)}, "pave": {},
+        "base_slow": BASE | {"q_lr": 1e-4}, "untuned": untuned, "auto": {"autotune_curv": True},
+        "other": BASE | {"env_id": "MountainCarContinuous-v0"},
+    }  # fmt: skip
+    root = tmp_path_factory.mktemp("runs")
+    runs = {name: make_run(root / str(i), sac, **values) for i, (name, values) in enumerate(settings.items())}
+    return runs | {"td3": make_run(root / "td3", td3, **BASE)}
 
 
 @pytest.fixture
@@ -56,13 +43,17 @@ def figures(monkeypatch):
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, output: kept.append(figure))
     yield kept
-    plt.close("all")
+    plot.plt.close("all")
 
 
-def fails(program, arguments, capsys) -> str:
-    """The one line with which program.main(arguments) ends, exit code 2."""
+def run_command(program, *arguments):
+    program.main([str(argument) for argument in arguments])
+
+
+def fails(capsys, program, *arguments) -> str:
+    """The one line with which the program ends, exit code 2."""
     with pytest.raises(SystemExit) as ended:
-        program.main([str(argument) for argument in arguments])
+        run_command(program, *arguments)
     lines = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
@@ -73,69 +64,50 @@ def fails(program, arguments, capsys) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_draws(command, runs, tmp_path):
-    output = tmp_path / "figure.png"
-    plot.main([command, runs["base"], runs["pave"], "--output", str(output)])
-    picture = plt.imread(output)
-    assert picture.shape[1] in (1800, 1206)  # 900 px in a README, at twice the resolution
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
+    run_command(plot, command, runs["base"], runs["pave"], "--output", tmp_path / "figure.png")
+    picture = plot.plt.imread(tmp_path / "figure.png")
+    assert picture.shape[1] == 900 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
 
 
-def test_groups_are_by_method_and_algorithm_never_by_folder(runs, tmp_path):
-    """All folders renamed to one name: the runs themselves say what they are."""
+def test_groups_are_by_method_and_algorithm(runs):
     names = ("base", "base_2", "pave", "untuned", "auto", "td3")
-    paths = [Path(shutil.copytree(runs[name], tmp_path / str(i) / "pave")) for i, name in enumerate(names)]
-    groups = {label: len(seeds) for label, seeds in plot.group(plot.open_runs(paths)).items()}
-    assert groups == {"SAC base": 2, "SAC pave": 1, "SAC untuned": 1, "SAC auto": 1, "TD3 base": 1}
+    labels = [label for label, _ in plot.open_runs([runs[name] for name in names])]
+    assert labels == ["SAC base", "SAC base", "SAC pave", "SAC untuned", "SAC auto", "TD3 base"]
 
 
 def test_different_settings_are_no_seeds_of_one_group(runs, figures, capsys):
-    both = [runs["base"], runs["base_slow"]]
-    assert "differ in q_lr" in fails(plot, ["curves", *both], capsys)
-    plot.main(["curves", *both, "--labels", "a", "a"])  # the user's own grouping holds, and is told
-    assert "warning: the runs of a differ in q_lr" in capsys.readouterr().err
-    plot.main(["curves", *both, "--labels", "a", "b"])
-    assert capsys.readouterr().err == ""
+    both = ("curves", runs["base"], runs["base_slow"])
+    assert "SAC base differ in q_lr" in fails(capsys, plot, *both)
+    assert "runs of a differ in q_lr" in fails(capsys, plot, *both, "--labels", "a", "a")
+    run_command(plot, *both, "--labels", "a", "b")
+    assert len(figures[0].axes[0].lines) == 2
 
 
 def test_seeds_are_thin_lines_and_their_median_below_ten(runs, figures):
-    plot.main(["curves", runs["base"], runs["base_2"]])
+    run_command(plot, "curves", runs["base"], runs["base_2"])
     axis = figures[0].axes[0]
-    values = [[json.loads((Path(runs[n]) / "summary.json").read_text())["return_mean"]] for n in ("base", "base_2")]
-    assert axis.lines[0].get_xdata().tolist() == [100, 200, 300] and len(axis.lines) == 3 and not axis.collections
-    assert axis.lines[0].get_ydata()[-1] == pytest.approx(np.median(values), rel=1e-5)
-    assert [line.get_ydata()[-1] for line in axis.lines[1:]] == pytest.approx(np.ravel(values), rel=1e-5)
+    assert [list(line.get_ydata()) for line in axis.lines] == [[-150, -100, -100.5], [-300, -200, -100], [0, 0, -101]]
+    assert list(axis.lines[0].get_xdata()) == [100, 200, 300] and not axis.collections
     assert [a.get_ylabel().split()[0] for a in figures[0].axes] == ["return", "sm", "steps"]  # the length beside sm
-    seeds = np.arange(33.0).reshape(11, 3)
-    plot.draw_seeds(axis := plt.figure().gca(), [0, 1, 2], seeds, {"color": "k"}, "many")
-    assert len(axis.lines) == 1 and len(axis.collections) == 1
-    assert axis.lines[0].get_ydata().tolist() == [15, 16, 17]
-
-
-def test_curves_of_any_tag_may_mix_envs(runs, figures, capsys):
-    plot.main(["curves", runs["base"], runs["other"], "--tags", "losses/qf_loss", "--labels", "one", "two"])
-    assert len(figures[0].axes[0].lines) == 2
-    assert figures[0].get_suptitle() == "Pendulum-v1, MountainCarContinuous-v0: training"
-    assert "losses/lambda_curv" in fails(plot, ["curves", runs["base"], "--tags", "losses/lambda_curv"], capsys)
+    plot.draw_seeds(axis := plot.plt.figure().gca(), [0, 1, 2], np.arange(33.0).reshape(11, 3), "k", "many")
+    assert len(axis.lines) == 1 and len(axis.collections) == 1 and list(axis.lines[0].get_ydata()) == [15, 16, 17]
 
 
 def test_tradeoff_and_noise_show_every_seed(runs, figures):
-    plot.main(["tradeoff", runs["base"], runs["base_2"], runs["pave"]])
-    dots, median = figures[0].axes[0].collections[:2]
-    assert dots.get_offsets().tolist() == [[0.1, -100], [0.1, -101]] and median.get_offsets().tolist() == [
-        [0.1, -100.5]
-    ]
-    assert figures[0].axes[0].get_legend().get_texts()[0].get_text() == "SAC base, 200 steps"
-    plot.main(["noise", runs["base"], runs["base_2"]])
+    for command in ("tradeoff", "noise"):
+        run_command(plot, command, runs["base"], runs["base_2"], runs["pave"])
+    axis = figures[0].axes[0]
+    assert axis.collections[0].get_offsets().tolist() == [[0.1, -100], [0.1, -101]]
+    assert np.ravel(axis.lines[0].get_data()).tolist() == [0.1, -100.5]
+    assert axis.get_legend().get_texts()[0].get_text() == "SAC base (200 steps)"
     line = figures[1].axes[0].lines[0]
     assert line.get_xdata() == pytest.approx([0, *LEVELS])
     assert line.get_ydata() == pytest.approx([-100.5 - k for k in (0, *LEVELS)])
 
 
 def test_a_method_keeps_its_colour():
-    both, one = plot.looks(["base", "auto"]), plot.looks(["auto"])
-    assert both["auto"] == one["auto"] == plot.looks(["SAC auto"])["SAC auto"] != both["base"]
-    assert len({look["color"] for look in plot.looks(["SAC base", "TD3 base"]).values()}) == 2
-    assert plot.noise_figure(pd.DataFrame({"algorithm": ["sac"], "method": ["base"]}), "") is None
+    assert plot.colours_of(["auto"])["auto"] == plot.colours_of(["SAC base", "SAC auto"])["SAC auto"]
+    assert len(set(plot.colours_of(["SAC base", "TD3 base"]).values())) == 2
 
 
 def test_spectrum_of_a_sine():
@@ -144,6 +116,16 @@ def test_spectrum_of_a_sine():
     assert frequencies[amplitudes.argmax()] == pytest.approx(0.1)
     assert amplitudes.max() == pytest.approx(0.5)  # mean of 1 and of a constant's 0
     assert np.delete(amplitudes, amplitudes.argmax()) == pytest.approx(0, abs=1e-12)
+
+
+def test_play_is_evaluates_episode(runs):
+    run = load_run(runs["base"])
+    played = [plot.play(run, episode) for episode in (0, 1)]
+    with run.script.make_env("Pendulum-v1") as env:
+        expected = run.script.evaluate(run.actor, env, 2)
+    assert np.mean([episode.rewards.sum() for episode in played]) == pytest.approx(expected["return_mean"])
+    sm = [run.script.smoothness(episode.env_actions) for episode in played]
+    assert np.mean(sm) == pytest.approx(expected["smoothness_mean"])
 
 
 # ---------------------------------------------------------------------------------------------------------- field
@@ -174,13 +156,12 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
         return np.arange(2500.0).reshape(50, 50) * len(drawn)
 
     monkeypatch.setattr(plot, "field_surface", surface)
-    plot.main(["field", runs["td3"], runs["base"], runs["pave"]])
+    run_command(plot, "field", runs["td3"], runs["base"], runs["pave"])
     assert [pair for _, pair in drawn] == [drawn[0][0]] * 3
     panels = [axis for axis in figures[0].axes if axis.name == "3d"]
     for panel in panels:
         assert panel.get_zlim() == panels[0].get_zlim() and panel.get_zlim()[1] >= 3 * 2499
-        norm = panel.collections[0].norm
-        assert (norm.vmin, norm.vmax) == (0, pytest.approx(np.quantile(np.arange(2500), 0.99)))
+        assert panel.collections[0].norm.vmax == pytest.approx(np.quantile(np.arange(2500), 0.99))
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -189,27 +170,31 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
 def test_bad_runs_and_settings(runs, tmp_path, capsys):
     run = runs["base"]
     for command in COMMANDS:
-        assert "at least one run" in fails(plot, [command], capsys)
-        assert "different envs" in fails(plot, [command, run, runs["other"]], capsys)
-    assert "2 --labels for 1 run" in fails(plot, ["field", run, "--labels", "a", "b"], capsys)
-    assert "figure.xyz" in fails(plot, ["tradeoff", run, "--output", tmp_path / "figure.xyz"], capsys)
-    assert "nowhere" in fails(plot, ["tradeoff", run, "--output", tmp_path / "nowhere" / "figure.png"], capsys)
-    assert "--episode" in fails(plot, ["field", run, "--episode", "-1"], capsys)
-    assert "--dimension" in fails(plot, ["actions", run, "--dimension", "1"], capsys)
-    assert "--steps" in fails(plot, ["actions", run, "--steps", "0"], capsys)
-    assert "8 lines" in fails(plot, ["tradeoff", *[run] * 8, "--labels", *"abcdefgh"], capsys)
+        assert "at least one run" in fails(capsys, plot, command)
+        assert "different envs" in fails(capsys, plot, command, run, runs["other"])
+    for words, arguments in {
+        "2 --labels for 1 run": ("field", run, "--labels", "a", "b"),
+        "--episode is -1": ("field", run, "--episode", "-1"),
+        "--dimension is 1": ("actions", run, "--dimension", "1"),
+        "--steps is 0": ("actions", run, "--steps", "0"),
+        "8 lines": ("tradeoff", *[run] * 8, "--labels", *"abcdefgh"),
+        "it has eval/length": ("curves", run, "--tags", "losses/lambda_curv"),
+        "figure.xyz": ("tradeoff", run, "--output", tmp_path / "figure.xyz"),
+        "nowhere": ("tradeoff", run, "--output", tmp_path / "nowhere" / "figure.png"),
+    }.items():
+        assert words in fails(capsys, plot, *arguments)
     broken = Path(shutil.copytree(run, tmp_path / "broken"))
     for content in ('{"return_mean": 1', "{}", "[]"):
         (broken / "evaluation.json").write_text(content)
-        assert "evaluate.py" in fails(plot, ["noise", broken], capsys)
+        assert "benchmarks.evaluate" in fails(capsys, plot, "noise", broken)
     for file in broken.glob("events*"):
         os.truncate(file, 50)
-    assert "eval/return" in fails(plot, ["curves", broken], capsys)
+    assert "eval/return" in fails(capsys, plot, "curves", broken)
 
 
-@pytest.mark.parametrize("start", [["benchmarks/plot.py"], ["-m", "benchmarks.plot"]])
-def test_the_program_ends_with_one_line(start, tmp_path):
-    process = subprocess.run([sys.executable, *start, "field", tmp_path], cwd=ROOT, capture_output=True, text=True)
+def test_the_program_ends_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.plot", "field", tmp_path]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and "Traceback" not in process.stderr and str(tmp_path) in process.stderr
 
 
@@ -228,56 +213,60 @@ def video():
 @pytest.mark.parametrize("extension, marks", [("mp4", b"ftyp"), ("gif", b"GIF89a")])
 def test_video(video, extension, marks, runs, tmp_path):
     output = tmp_path / f"video.{extension}"
-    video.main([runs["base"], runs["pave"], "--steps", "30", "--width", "300", "--output", str(output)])
+    run_command(video, runs["base"], runs["pave"], "--steps", "30", "--fps", "10", "--output", output)
     assert marks in output.read_bytes()[:16]
     pictures = video.iio.imread(output)
-    assert pictures.shape[0] == 20 and pictures.shape[2] == 300  # a second of the env's 30 fps, at 20 fps
+    assert pictures.shape[0] == 10 and pictures.shape[2] == 900  # a second of the env's 30 fps, every third step
     assert (pictures[0] != pictures[-1]).any()
 
 
-def test_both_films_have_one_start_and_it_is_evaluates(video, runs, monkeypatch):
-    from benchmarks.common import load_run
-
-    films = [video.record(load_run(runs[name]), episode=1, steps=4) for name in ("base", "pave")]
-    first = plot.play(load_run(runs["base"]), 1)
-    assert films[0].start.tolist() == films[1].start.tolist() == first.observations[0].tolist()
-    assert np.array_equal(*(np.asarray(film.frames[0]) for film in films))
-    assert not np.array_equal(*(np.asarray(film.frames[3]) for film in films))
-    assert films[0].env_actions == pytest.approx(first.env_actions[:4]) and len(films[0].frames) == 4
-    assert films[0].fps == 30 and films[0].rewards == pytest.approx(first.rewards[:4])
+def test_films_have_one_start_and_captions_are_of_the_whole_episode(video, runs):
+    films = [video.record(load_run(runs[name]), 1, 4, 30) for name in ("base", "base_2")]
+    (one, first, stride, rate), (other, second, *_) = films
+    assert np.array_equal(first[0], second[0]) and not np.array_equal(first[3], second[3])
+    assert np.array_equal(one.observations[0], other.observations[0]) and len(one.rewards) == 200
+    assert (len(first), stride, rate) == (4, 1, 30)
 
 
-def test_the_trace_below_is_that_of_the_steps_so_far(video):
-    frame = video.Image.new("RGB", (100, 100), "white")
-    film = video.Film([frame] * 11, np.linspace(-1, 1, 11)[:, None], [0.0] * 11, np.zeros(1), 30)
-    short = film._replace(frames=[frame] * 3, env_actions=film.env_actions[:3])
-    reach = []
-    for step in (2, 10):
-        picture = video.compose({"a": film, "b": short}, step, 400, 0, (-1.0, 1.0))
-        marks = [np.argwhere((half[-48:] != 255).any(-1)) for half in np.hsplit(np.asarray(picture), 2)]
-        reach.append([part[:, 1].max() for part in marks])
-        assert marks[0][:, 0].max() > 38  # begins low: -1
-    assert reach[0][0] == reach[0][1] == reach[1][1] < 60 and reach[1][0] > 190  # one that ended stays as it is
+def test_the_trace_below_is_that_of_the_steps_so_far(video, runs):
+    ramp = np.linspace(-1, 1, 11)[:, None]
+    long, short = (plot.Episode(None, None, ramp[:n], np.ones(n)) for n in (11, 3))
+    frame = np.zeros((100, 100, 3), np.uint8)
+    films = [(long, [frame] * 11, 1, 30), (short, [frame] * 3, 1, 30)]
+    pictures = video.draw(plot.open_runs([runs["base"], runs["pave"]]), films, 0, 11, 50)
+
+    def reach(picture, colour):  # the trace's last column, below the frames
+        trace = picture[len(picture) * 3 // 4 :].astype(int)
+        return np.argwhere(np.abs(trace - colour).sum(-1) < 60)[:, 1].max(initial=-1)
+
+    base, pave = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in plot.COLOURS[:2])
+    assert len(pictures) == 11 and reach(pictures[2], base) < reach(pictures[6], base) < reach(pictures[10], base)
+    assert reach(pictures[1], pave) < reach(pictures[2], pave) == reach(pictures[10], pave)  # one that ended stays
 
 
-def test_a_gif_gets_narrower_until_it_fits(video, runs, tmp_path, capsys):
+def test_a_gif_gets_smaller_until_it_fits(video, runs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "video.gif"
-    arguments = [runs["base"], "--steps", "12", "--width", "400", "--output", str(output), "--megabytes"]
-    video.main([*arguments, "0.01"])
-    assert output.stat().st_size <= 10_000 and 100 < video.iio.imread(output).shape[2] < 400
-    assert "lower --steps" in fails(video, [*arguments, "0.0001"], capsys)
+    arguments = (runs["base"], "--steps", "4", "--output", output)
+    run_command(video, *arguments)
+    large = output.stat().st_size
+    assert video.iio.imread(output).shape[2] == 900 and large < 1e6 * video.MEGABYTES == 2e6
+    monkeypatch.setattr(video, "MEGABYTES", 0.7 * large / 1e6)
+    run_command(video, *arguments)
+    assert output.stat().st_size <= 0.7 * large and 400 < video.iio.imread(output).shape[2] < 900
+    monkeypatch.setattr(video, "MEGABYTES", 0.001)
+    assert "lower --steps" in fails(capsys, video, *arguments)
 
 
 def test_video_bad_settings(video, runs, tmp_path, capsys, monkeypatch):
-    run = runs["base"]
-    assert ".mp4 or .gif" in fails(video, [run, "--output", tmp_path / "video.avi"], capsys)
-    assert "nowhere" in fails(video, [run, "--output", tmp_path / "nowhere" / "video.gif"], capsys)
-    for name, value in (("steps", 0), ("fps", 0), ("width", 10), ("colours", 1), ("episode", -1)):
-        assert f"--{name}" in fails(video, [run, f"--{name}", value], capsys)
-    assert "different envs" in fails(video, [run, runs["other"]], capsys)
+    run, output = runs["base"], tmp_path / "video.gif"
+    assert ".gif or .mp4" in fails(capsys, video, run, "--output", tmp_path / "video.avi")
+    assert "nowhere" in fails(capsys, video, run, "--output", tmp_path / "nowhere" / "video.gif")
+    for name, value in (("steps", 0), ("fps", 0), ("episode", -1), ("dimension", 1)):
+        assert f"--{name}" in fails(capsys, video, run, f"--{name}", value, "--output", output)
+    assert "different envs" in fails(capsys, video, run, runs["other"])
 
     def render(self):
         raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
 
     monkeypatch.setattr("gymnasium.envs.classic_control.PendulumEnv.render", render)
-    assert "libegl1" in fails(video, [run, "--output", tmp_path / "video.gif"], capsys)
+    assert "libegl1" in fails(capsys, video, run, "--output", output)

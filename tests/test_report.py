@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from make_run import BASE, make_run
 
 import td3_pave_continuous as td3
 
@@ -17,6 +18,8 @@ pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
 pytest.importorskip("tabulate", reason="needs benchmarks/requirements.txt")
 
 from benchmarks import report
+
+PUBLISHED = ROOT / "benchmarks" / "results" / "report"
 
 
 @pytest.fixture(autouse=True)
@@ -28,31 +31,36 @@ def drawn(monkeypatch):
     report.plt.close("all")
 
 
-def row(method="base", seed=1, sm=0.5, env_id="Pendulum-v1", algorithm="td3", **more) -> dict:
+def row(method="base", seed=1, sm=0.5, env_id="Hopper-v5", algorithm="td3", **more) -> dict:
     values = {"algorithm": algorithm, "method": method, "env_id": env_id, "seed": seed, "steps": 100_000}
     values |= {"episodes": 10, "return_mean": -100.0, "return_std": 20.0, "smoothness_mean": sm, "oscillation": 0.1}
     return values | {"length_mean": 200.0, "neg_def": 0.5, "bound_sup": 9.0, "command": f"x.py --seed {seed}"} | more
 
 
-def make(tmp_path, rows, **args) -> str:
-    """The report of these rows."""
+def make(tmp_path, rows, *inputs) -> str:
+    """The report of these rows, and other inputs."""
     pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
-    report.main(report.Args(csv=(tmp_path / "in.csv",), output=tmp_path / "out", **args))
+    report.main(report.Args((tmp_path / "in.csv", *inputs), tmp_path / "out"))
     return (tmp_path / "out" / "report.md").read_text()
 
 
-def lines_of(text: str, heading: str, number=0) -> dict[tuple, dict]:
-    """The table `number` of those whose header has `heading`: (algorithm, method) -> its cells by their headings."""
-    tables = [part for part in text.split("\n\n") if part.startswith("|") and heading in part.splitlines()[0]]
-    header, _, *lines = ([c.strip() for c in line.split("|")[1:-1]] for line in tables[number].splitlines())
-    return {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
+def table(text: str, heading: str) -> dict[str, dict]:
+    """The first table whose header has `heading`: a dict of the cells by their headings for each line's name."""
+    found = next(p for p in text.split("\n\n") if p.startswith("|") and heading in p.partition("\n")[0])
+    header, _, *lines = ([c.strip() for c in line.split("|")[1:-1]] for line in found.splitlines())
+    return {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+
+
+def after(text: str, heading: str) -> str:
+    return text[text.index(f"\n{heading}") :]
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
-def test_iqm_and_pairs_by_brute_force():
-    assert report.iqm([1, 2, 3, 4, 1000]) == 3
+def test_centre_and_pairs_by_brute_force():
+    assert report.centre([1, 2, 3, 4, 1000, 6]) == 3.5  # the median
+    assert report.centre(np.array([[*range(9), 1000.0]] * 2)).tolist() == [4.5, 4.5]  # 2 to 7: the interquartile mean
     rng = np.random.default_rng(0)
     for n, m in ((5, 5), (3, 4), (1, 1)):
         x, y = rng.integers(0, 4, n).astype(float), rng.integers(0, 4, m).astype(float)  # many ties
@@ -61,30 +69,30 @@ def test_iqm_and_pairs_by_brute_force():
     assert report.p_lower(np.stack([x, x - 9]), np.stack([y, y])).tolist() == [report.p_lower(x, y), 1]
 
 
-def test_interval_only_from_ten_seeds_on():
-    values = np.arange(9.0)
-    assert report.interval([values], report.iqm) is None and report.told(values) == "4.000 (0.000 to 8.000)"
-    assert report.interval([np.arange(30.0), values], report.p_lower) is None
+def test_an_interval_only_from_ten_seeds_on():
+    nine = pd.Series(np.arange(9.0))
+    assert report.told(nine) == "4.000 (0.000 to 8.000)"
+    assert report.interval([np.arange(30.0), nine], report.p_lower) == ""
     values = np.random.default_rng(1).normal(7, 2, 400)
-    low, high = report.interval([values], report.iqm)  # a normal IQM has about 1.2 times the variance of its mean
-    assert low < 7 < high and high - low == pytest.approx(2 * 1.96 * 2 / 20 * 1.2**0.5, rel=0.15)
-    assert report.told(values) == f"{report.iqm(values):.3f} [{low:.3f}, {high:.3f}]"
-    assert report.told([5.0]) == "5.000" and report.told([np.nan]) == report.NONE
+    low, high = map(float, re.findall(r"[\d.]+", report.interval([values], report.centre)))
+    assert low < 7 < high  # the interquartile mean of normal values has about 1.2 times the variance of their mean
+    assert high - low == pytest.approx(2 * 1.96 * 2 / 20 * 1.2**0.5, rel=0.15)
+    assert report.told(pd.Series([5.0])) == "5.000" and report.told(pd.Series([np.nan])) == report.DASH
 
 
 def test_envs_weigh_alike_and_base_is_resampled():
     """One env with ratio 1/4 and 40 seeds, one with ratio 1 and 10: the geometric mean is 1/2 whatever the counts."""
     groups = [np.full(40, 1.0), np.full(10, 4.0), np.full(10, 3.0), np.full(10, 3.0)]
     assert report.mean_ratio(*groups) == pytest.approx(0.5)
-    assert report.interval(groups, report.mean_ratio) == pytest.approx((0.5, 0.5))
+    assert report.interval(groups, report.mean_ratio) == " [0.500, 0.500]"
     groups[1] = np.linspace(2, 6, 10)  # only base scatters
-    low, high = report.interval(groups, report.mean_ratio)
+    low, high = map(float, re.findall(r"[\d.]+", report.interval(groups, report.mean_ratio)))
     assert high - low > 0.05
 
 
 def test_numbers_are_short():
-    told = [report.number(x) for x in (-112.04, 7085.7, 0.35119, 1.5, 0.00234, 0.0, 0.000234, 2.25e8)]
-    assert told == ["-112.0", "7086", "0.351", "1.500", "0.002", "0.000", "2.34e-04", "2.25e+08"]
+    told = [report.number(x) for x in (-112.04, 7085.7, 0.35119, 0.99996, 1.0, 0.0, 0.000234, 2.25e8)]
+    assert told == ["-112.0", "7,086", "0.351", "1.000", "1.000", "0.000", "2.3e-04", "2.2e+08"]
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -95,154 +103,143 @@ def test_tables_show_the_seeds_and_the_papers_numbers(tmp_path):
     rows += [row("pave", i, sm) for i, sm in enumerate((0.5, 1.5, 0.7))]
     rows += [row("pave", 3, None, return_mean=None, missing="diverged")]
     text = make(tmp_path, rows)
-    told = lines_of(text, "P(smoother)", 0)
-    assert list(told) == [("TD3", "base"), ("TD3", "pave")]
-    base, pave = told.values()
-    assert base["sm"] == "3.000 (1.000 to 20.00)" and base["seeds"] == "5" and base["P(smoother)"] == report.NONE
-    assert pave["seeds"] == "3 of 4" and pave["P(smoother)"] == "0.93 (15 pairs)"
-    assert (pave["paper: return"], pave["paper: sm"]) == ("-167.6", "0.351")
-    assert lines_of(text, "M/μ")["TD3", "pave"]["NegDef"] == "0.500 (0.500 to 0.500)"
-    assert "TD3 pave on Pendulum-v1, seed 3: diverged" in text[text.index("## Missing") :]
+    base, pave = table(text, "P(smoother)").values()
+    assert base["sm"] == "3.000 (1.000 to 20.00)" and base["seeds"] == "5" and base["P(smoother)"] == report.DASH
+    assert pave["seeds"] == "3 of 4" and pave["P(smoother)"] == "0.93" and pave["P(calmer)"] == "0.50"
+    assert pave["return"] == "-100.0" and pave["paper: return, sm"] == "3305, 0.950"
+    assert table(text, "M/μ")["TD3 pave"] == {"": "TD3 pave", "M/μ": "9.000", "NegDef": "0.500"}
+    assert "TD3 pave on Hopper-v5, seed 3: diverged" in after(text, "## Runs without a result")
     assert "[" not in "".join(line for line in text.splitlines() if line.startswith("|"))  # no interval anywhere
     assert text.count("no confidence interval") == 1
-    assert "some ±6.325 (standard error" in text  # 20 / sqrt(10)
+    assert "some ±6.325 (standard error)" in text  # 20 / sqrt(10)
+    methods = pd.read_csv(tmp_path / "out" / "methods.csv").set_index(["method", "measure"])
+    sm = methods.loc[("base", "smoothness_mean"), ["seeds", "median", "lowest", "highest"]]
+    assert sm.tolist() == [5, 3, 1, 20]
+    pairs = pd.read_csv(tmp_path / "out" / "pairs.csv").set_index(["method", "than"])
+    told = pairs.loc[("pave", "base"), ["P(smoother)", "P(higher return)", "pairs"]]
+    assert told.tolist() == pytest.approx([14 / 15, 0.5, 15], abs=1e-6)
 
 
 def test_length_beside_every_sm_and_sm_not_comparable(tmp_path, drawn):
     rows = [row(m, s, length_mean=n) for m, n in (("base", 1000.0), ("pave", 930.0)) for s in (1, 2)]
     text = make(tmp_path, rows)
-    told = lines_of(text, "sm")["TD3", "pave"]
-    names = list(told)
-    assert told["episode length"].startswith("930") and names.index("episode length") == names.index("sm") + 1
+    names = list(table(text, "sm")["TD3 pave"])
+    assert (
+        names[names.index("sm") + 1] == "episode length" and table(text, "sm")["TD3 pave"]["episode length"] == "930.0"
+    )
     columns = list(pd.read_csv(tmp_path / "out" / "runs.csv"))
     assert columns.index("length_mean") == columns.index("smoothness_mean") + 1
     assert "**sm isn't comparable here**" in text and "TD3 pave (930 steps) and base (1,000 steps)" in text
-    assert told["P(oscillates less)"] == "0.50 (4 pairs)"
-    figure = drawn["Pendulum-v1_100000_tradeoff.png"]
+    assert "TD3 Hopper-v5 *" in text
+    figure = drawn["Hopper-v5_100000_tradeoff.png"]
     assert [axis.get_xlabel().partition(" ")[0] for axis in figure.axes] == ["sm", "oscillation"]
-    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["base, 1,000 steps", "pave, 930 steps"]
-    near = make(tmp_path, [r | {"length_mean": max(r["length_mean"], 960.0)} for r in rows])
-    assert "isn't comparable here" not in near and "oscillates less" not in near
-    old = make(tmp_path, [{k: v for k, v in r.items() if k != "length_mean"} for r in rows])
-    assert lines_of(old, "sm")["TD3", "pave"]["episode length"] == report.NONE and "were not recorded" in old
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["base (1,000 steps)", "pave (930 steps)"]
+    assert "isn't comparable here" not in make(tmp_path, [r | {"length_mean": 960.0} for r in rows])
+    old = [{k: v for k, v in r.items() if k != "length_mean"} for r in rows]
+    assert "were not recorded here" in make(tmp_path, old)
+    known = make(tmp_path, [r | {"env_id": "mine:Pendulum-x10-v1"} for r in old])  # its episodes can't end early
+    assert table(known, "sm")["TD3 base"]["episode length"] == "200.0" and "not recorded here" not in known
 
 
-def test_summary_takes_the_envs_that_all_its_methods_share(tmp_path):
-    sm = {"Pendulum-v1": {"base": 2.0, "pave": 1.0, "auto": 0.5}, "Reacher-v5": {"base": 0.1, "pave": 0.1, "auto": 0.1}}
-    sm |= {
-        "Ant-v5": {"base": 3.0, "auto": 0.3},
-        "benchmarks.scaled_rewards:Pendulum-x10-v1": {"base": 9.0, "auto": 9.0},
-    }
-    rows = [row(m, s, v, env) for env, of in sm.items() for m, v in of.items() for s in range(5 if "P" in env else 3)]
-    text = make(tmp_path, [*rows, row(seed=9, steps=500)])
+def test_the_mean_is_over_the_envs_that_base_pave_and_auto_share(tmp_path):
+    sm = {"Hopper-v5": {"base": 2.0, "pave": 1.0, "auto": 0.5}, "Reacher-v5": {"base": 0.1, "pave": 0.1, "auto": 0.1}}
+    sm |= {"Ant-v5": {"base": 3.0, "auto": 0.3}}
+    rows = [row(m, s, v, env) for env, of in sm.items() for m, v in of.items() for s in range(5 if "H" in env else 3)]
+    rows += [row("pave", 9, 2.0), row(seed=9, steps=500), row("auto", 9, 9.0, steps=500)]
+    text = make(tmp_path, rows)
     assert text.index("## Summary") < text.index("## Ant-v5")
-    wide, narrow = (lines_of(text, "over the envs", i) for i in (0, 1))
-    assert set(wide) == {("TD3", "base"), ("TD3", "auto")} and "Ant-v5" in wide["TD3", "auto"]
-    assert float(wide["TD3", "auto"]["over the envs"]) == pytest.approx((0.25 * 1 * 0.1) ** (1 / 3), abs=0.01)
-    assert set(narrow) == {("TD3", "base"), ("TD3", "pave"), ("TD3", "auto")} and "Ant-v5" not in narrow["TD3", "auto"]
-    assert narrow["TD3", "auto"]["over the envs"] == "0.50" and narrow["TD3", "pave"]["Pendulum-v1"].startswith(
-        "0.50 ("
-    )
-    assert "x10" not in "".join(wide["TD3", "auto"])
+    told = table(text, "untuned")
+    assert told["TD3 Hopper-v5"]["pave"] == "0.50 (0.50 to 1.00)" and told["TD3 Ant-v5"]["pave"] == report.DASH
+    mean = told["**TD3, mean over 2 envs**"]
+    assert (mean["auto"], mean["pave"], mean["untuned"]) == ("**0.50**", "**0.71**", report.DASH)
+    short = [r | {"length_mean": 9.0} if r["env_id"] == "Hopper-v5" and r["method"] == "pave" else r for r in rows]
+    sm, oscillation = after(make(tmp_path, short), "sm:").split("\nOscillation:")
+    assert "TD3, mean" not in sm and "TD3, mean over 2 envs" in oscillation  # sm is comparable on one env only
 
 
 def test_different_settings_are_never_averaged_silently(tmp_path):
     rows = [row(seed=s, command=f"x.py --gamma 0.9 --seed {s} --output-dir '/a b/{s}'") for s in (1, 2)]
-    assert "share one command" in make(tmp_path, rows)
+    assert "differently\n\nNone." in make(tmp_path, rows)
     rows += [row(seed=3, command="x.py --gamma 0.8 --seed 3"), row("pave", 1), row("pave", 2, episodes=30)]
     text = make(tmp_path, [*rows, row(seed=4, steps=50_000, sm=7.0)])
-    assert "TD3 base on Pendulum-v1, 100,000 steps: seeds 1 2 `--gamma=0.9`; seeds 3 `--gamma=0.8`" in text
-    assert "TD3 pave on Pendulum-v1, 100,000 steps: evaluated over 10 or 30 episodes" in text
-    assert "## Pendulum-v1, 50,000 steps" in text and "7.000" not in text[text.index("## Pendulum-v1, 100,000") :]
+    told = after(text, "## Seeds trained or evaluated differently")
+    assert "seeds 3: `x.py --gamma 0.8`" in told and "seeds 1 2: `x.py --gamma 0.9`, evaluated over 10" in told
+    assert "TD3 pave on Hopper-v5, 100,000 steps: seeds 1: `x.py`, evaluated over 10 episodes, version 1; " in told
+    assert "noise differs" not in text and "noise differs" in make(tmp_path, [*rows, row(noise_reference="a run")])
+    assert "## Hopper-v5, 50,000 steps" in text and "7.000" not in after(text, "## Hopper-v5, 100,000")
 
 
-def test_ablation_with_base_and_pave_as_its_ends(tmp_path, drawn):
-    rows = [row(f"ablation-{n:03b}", s, 1.0 + n, "Walker2d-v5") for n in range(1, 7) for s in range(2)]
-    text = make(tmp_path, rows + [row(seed=s, sm=1.5, env_id="Walker2d-v5") for s in range(3)])
-    told = lines_of(text[text.index("**Ablation.**") :], "sm")
-    assert len(told) == 7 and told["TD3", "ablation-000"]["seeds"] == "3"
-    assert told["TD3", "ablation-011"]["paper: sm"] == "1.918"
-    assert told["TD3", "ablation-001"]["P(smoother)"] == "0.00 (6 pairs)"
-    assert "Walker2d-v5_100000_ablation.png" in drawn and "over the envs |" not in text
-
-
-def test_saturation_against_the_gain(tmp_path, drawn):
-    rows = [row(m, s, sm, saturation=x) for m, sm, x in (("base", 2.0, 0.75), ("pave", 0.5, 0.1)) for s in (1, 2)]
-    assert "saturation_gain.png" in make(tmp_path, rows)
-    (points,) = drawn["saturation_gain.png"].axes[0].collections
-    assert points.get_offsets().tolist() == [[0.75, 0.25]]
-    assert "saturation_gain" not in make(tmp_path, [row(), row("pave")])
-
-
-def test_the_report_is_made_again_by_its_own_command(tmp_path):
-    rows = [row(m, s, 1 / 3 + s, wall_seconds=1 / 7, steps=1_234_567) for m in ("base", "pave") for s in (1, 2)]
-    text = make(tmp_path, rows)
-    command = re.search(r"Made by `python benchmarks/report.py (\S+) --output (\S+)`", text)
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    report.main(report.Args(csv=(report.ROOT / command[1],), output=report.ROOT / command[2]))
-    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert pd.read_csv(tmp_path / "out" / "runs.csv")["steps"].tolist() == [1_234_567] * 4
-    for heading in re.findall(r"^- \[(.+)\]\(#", text, re.M):
-        assert f"\n## {heading}\n" in text
+def test_ablation_and_saturation(tmp_path, drawn):
+    rows = [row(f"ablation-{n:03b}", s, 1.0 + n, "Walker2d-v5") for n in range(8) for s in range(2)]
+    rows += [row(m, s, sm, saturation=x) for m, sm, x in (("base", 2.0, 0.75), ("pave", 0.5, 0.1)) for s in (1, 2)]
+    told = table(after(make(tmp_path, rows), "## Walker2d"), "sm")
+    assert told["TD3 ablation-011"]["paper: return, sm"].endswith(", 1.918") and len(told) == 8
+    assert told["TD3 ablation-001"]["P(smoother)"] == "0.00"
+    axis = drawn["Walker2d-v5_100000_ablation.png"].axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()][3:6] == ["VFC\nCurv", "MPR", "MPR\nCurv"]
+    gains = [axis.collections[0].get_offsets().tolist() for axis in drawn["saturation.png"].axes]
+    assert gains == [[[0.75, 0.25]], [[0.75, 1.0]]]  # in sm, in oscillation
+    assert "saturation.png" not in make(tmp_path, [row("pave", saturation=0.1)])  # no base
 
 
 def test_the_published_report_is_that_of_its_csv(tmp_path):
-    folder = ROOT / "benchmarks" / "results" / "report"
-    report.main(report.Args(csv=(folder / "runs.csv",), output=tmp_path))
-    assert (tmp_path / "runs.csv").read_bytes() == (folder / "runs.csv").read_bytes()
-    text = (tmp_path / "report.md").read_text()
-    assert text.replace(str(tmp_path), "benchmarks/results/report") == (folder / "report.md").read_text()
-    assert all((folder / name).is_file() for name in re.findall(r"!\[.*\]\((.*)\)", text))
+    command = re.search(r"`python -m benchmarks.report (\S+) --output (\S+)`", (PUBLISHED / "report.md").read_text())
+    assert command[1] == f"{command[2]}/runs.csv" == "benchmarks/results/report/runs.csv"
+    report.main(report.Args((ROOT / command[1],), tmp_path))
+    for name in ("runs.csv", "methods.csv", "pairs.csv"):
+        assert (tmp_path / name).read_bytes() == (PUBLISHED / name).read_bytes()
+    text = (tmp_path / "report.md").read_text().replace(str(tmp_path), command[2])
+    assert text == (PUBLISHED / "report.md").read_text()
+    assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == {path.name for path in PUBLISHED.glob("*.png")}
+    assert max(path.stat().st_size for path in PUBLISHED.glob("*.png")) < 80_000
+    for heading in re.findall(r"^- \[(.+)\]\(#", text, re.M):
+        assert f"\n## {heading}\n" in text
 
 
 # ------------------------------------------------------------------------------------------------- sweeps, bad input
 
 
-def test_a_sweeps_runs_count_over_a_csvs(tmp_path):
-    settings = {"env_id": "Pendulum-v1", "total_timesteps": 110, "learning_starts": 100, "batch_size": 16}
-    settings |= {"buffer_size": 1000, "eval_episodes": 0, "compile": False} | dict.fromkeys(td3.LAMBDAS, 0.0)
-    cells = [tmp_path / "sweep" / f"Pendulum-v1__td3__base__{seed}" for seed in (1, 2, 3)]
-    runs = [td3.train(td3.Args(**settings, seed=i + 1, output_dir=str(cells[i]))) for i in (0, 1)]
-    cells[2].mkdir()
-    evaluation = row(sm=0.25, return_mean=-7.0) | {"robustness": {"0.1": {"return_mean": -9.0, "smoothness_mean": 0.3}}}
-    (runs[0] / "evaluation.json").write_text(json.dumps(evaluation))
-    (cells[0] / "cell.json").write_text(json.dumps({"wall_seconds": 12.5, "commit": None}))
-    make(tmp_path, [row(steps=110, sm=9.0), row("pave", steps=110)], runs=(tmp_path / "sweep",))
-    told = pd.read_csv(tmp_path / "out" / "runs.csv").set_index(["method", "seed"])
-    assert told.loc[("base", 1), ["smoothness_mean", "return_mean@0.1", "wall_seconds"]].tolist() == [0.25, -9.0, 12.5]
-    assert told["missing"].dropna().to_dict() == {
-        ("base", 2): "not evaluated yet (benchmarks/evaluate.py)",
-        ("base", 3): "not started",
-    }
-    assert told.loc["base", "steps"].tolist()[:2] == [110, 110]
-    (runs[0] / "evaluation.json").unlink()  # what a CSV has isn't lost with the sweep's files
-    report.main(report.Args(csv=(tmp_path / "out" / "runs.csv",), runs=(tmp_path / "sweep",), output=tmp_path / "new"))
-    assert pd.read_csv(tmp_path / "new" / "runs.csv")["smoothness_mean"].tolist()[0] == 0.25
+def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
+    cells = tmp_path / "sweep"
+    lunar = {"env_id": "Hopper-v5", "returns": (9000.0, 9000.0, 2499.0)}
+    runs = [make_run(cells / f"any name {i}", td3, seed=i, **BASE | lunar) for i in (1, 2, 3)]
+    make_run(cells / "4", td3, seed=4, evaluated=False)
+    (runs[0].parent / "cell.json").write_text(json.dumps({"wall_seconds": 12.5, "command": "how"}))
+    (runs[1] / "checkpoint.pt").unlink()  # it may have been too large to keep
+    (runs[2] / "summary.json").unlink()
+    (make_run(cells / "5", td3, seed=5) / "checkpoint.pt").write_bytes(b"broken")
+    make(tmp_path, [row(steps=300, sm=9.0), row("pave", steps=300), row(seed=3, steps=300, sm=7.0)], cells)
+    told = pd.read_csv(tmp_path / "out" / "runs.csv").set_index(["env_id", "method", "seed"])
+    new = told.loc["Hopper-v5", "base", 1]
+    names = ["smoothness_mean", "return_mean", "return_mean@0.1", "wall_seconds", "command"]
+    assert new[names].tolist() == [0.1, 2499.0, 2498.9, 12.5, "how"]
+    assert new[["evaluations", "good_evaluations"]].tolist() == [2, 1]  # those at 200 and 300 steps
+    assert told.loc[("Hopper-v5", "base", 3), "smoothness_mean"] == 7.0  # what has no result replaces none
+    command = told.loc[("Hopper-v5", "base", 2), "command"]
+    assert command.startswith("python td3_pave_continuous.py --env-id Hopper-v5 --seed 2 ")
+    assert "--lambda-mpr 0.0" in command and "--no-compile" in command and "--gamma" not in command
+    assert told["missing"].dropna().to_dict() == {("Pendulum-v1", "pave", 4): "not evaluated (benchmarks.evaluate)"}
+    errors = capsys.readouterr().err
+    assert "continuous__5 is left out" in errors and "1 results are replaced" in errors
 
 
 def test_bad_input_is_one_line(tmp_path):
-    files = {"lacks.csv": "a,b\n1,2\n", "empty.csv": ""}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    for name, value in {
-        "nan.csv": {"sm": "x"},
-        "key.csv": {"seed": "x"},
-        "one.csv": {},
-        "two.csv": {"sm": 9.0},
-    }.items():
-        pd.DataFrame([row(**value)]).to_csv(tmp_path / name, index=False)
-    cases = {"lacks algorithm": ["lacks.csv"], "cannot read": ["empty.csv"], "line 2": ["nan.csv"], "name": ["key.csv"]}
-    cases |= {"differ on td3 base": ["one.csv", "two.csv"], "no finished run in no input": []}
-    for message, names in cases.items():
+    (tmp_path / "lacks.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    pd.DataFrame([row(), row(sm="x")]).to_csv(tmp_path / "nan.csv", index=False)
+    pd.DataFrame([row(seed="x")]).to_csv(tmp_path / "key.csv", index=False)
+    cases = {"lacks algorithm": "lacks.csv", "cannot read": "empty.csv", "line 3": "nan.csv", "line 2": "key.csv"}
+    for message, name in cases.items():
         with pytest.raises(report.UserError, match=message):
-            report.read_inputs(report.Args(csv=tuple(tmp_path / name for name in names)))
+            report.read_inputs((tmp_path / name,))
+    with pytest.raises(report.UserError, match="no finished run in no input"):
+        report.read_inputs(())
     with pytest.raises(report.UserError, match="is no sweep"):
-        report.read_inputs(report.Args(runs=(tmp_path,)))
+        report.read_inputs((tmp_path,))
 
 
-@pytest.mark.parametrize("start", [["benchmarks/report.py"], ["-m", "benchmarks.report"]])
-def test_the_command_line(start, tmp_path):
-    command = [sys.executable, *start, str(tmp_path / "none.csv"), "--output", str(tmp_path / "out")]
+def test_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.report", str(tmp_path / "none.csv"), "--output", str(tmp_path / "out")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

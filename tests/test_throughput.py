@@ -1,27 +1,26 @@
 """benchmarks/throughput.py: what is timed is the agent's own work, sides take turns, one line on bad input."""
 
-import csv
 import itertools
 import json
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("pandas", reason="needs benchmarks/requirements.txt")
 
+import pandas as pd
+
 from benchmarks import common, throughput
 
 
 @pytest.fixture(autouse=True)
-def torch_settings(monkeypatch):
+def torch_settings():
     """prepare() sets torch up for the whole process: put it back."""
-    threads, limit = torch.get_num_threads(), torch._dynamo.config.recompile_limit
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch._dynamo.config.recompile_limit = limit
 
 
 def tiny(tmp_path, **changes):
@@ -43,7 +42,7 @@ def test_a_side_does_the_agents_own_updates_and_steps(script, side, tmp_path, mo
     monkeypatch.setattr(script.Agent, "explore", lambda *a: calls.update(explore=calls["explore"] + 1) or explore(*a))
     monkeypatch.setattr(script.ReplayBuffer, "add", lambda *a: calls.update(add=calls["add"] + 1) or add(*a))
     monkeypatch.setattr(throughput, "FILL", 210)  # past the end of an episode
-    does = throughput.our_side(script, throughput.SIDES[side], tiny(tmp_path))
+    does = throughput.side(script, throughput.SIDES[side], tiny(tmp_path))
     assert (calls["update"], calls["explore"], calls["add"]) == ([], 0, 210)
     does["updates/s"](4)
     assert len(calls["update"]) == 4 and calls["add"] == 210
@@ -53,44 +52,44 @@ def test_a_side_does_the_agents_own_updates_and_steps(script, side, tmp_path, mo
     assert calls["rows"] == {{"λ=0": 0, "64 rows": 64, "PAVE": 256}[side]}
 
 
-def test_sides_take_turns():
-    order = []
-    turns = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    assert throughput.alternate(turns, 4) == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
-    assert "".join(order) == "abcbcacababc"
-
-
-def test_a_rate_is_per_second_and_a_turn_is_even(tmp_path, monkeypatch):
-    done, clock = [], itertools.count()
+def test_sides_take_even_turns_after_a_warm_up(tmp_path, monkeypatch):
+    done, clock = [], itertools.count(101.0)
     assert throughput.rate(lambda n: torch.linalg.matrix_norm(torch.randn(300, 300)), 7) > 7
-    monkeypatch.setattr(throughput, "rate", lambda function, n: function(n) or float(next(clock)) + 101.0)
-    samples = throughput.measure({"a": done.append}, tiny(tmp_path, seconds=1), "")
-    assert done == [20, 10, 100, 100] and samples == {"a": [102.0, 103.0]}  # warm-up, its length, two even turns
+    monkeypatch.setattr(throughput, "rate", lambda function, n: function(n) or next(clock))
+    functions = {name: lambda n, name=name: done.append((name, n)) for name in "ab"}
+    samples = throughput.measure(functions, tiny(tmp_path, seconds=1), "")
+    assert done[:4] == [("a", 20), ("a", 10), ("b", 20), ("b", 10)]  # the warm-up, then how long a turn has to be
+    assert done[4:] == [("a", 100), ("b", 102), ("b", 102), ("a", 100)] and samples == {
+        "a": [103, 106],
+        "b": [104, 105],
+    }
 
 
 def test_values_are_medians_and_ratios_are_taken_within_a_round():
-    plain, pave = throughput.rows("sac", "updates/s", {"λ=0": [4.0, 2.0, 1.0], "PAVE": [1.0, 1.0, 1.0]})
+    plain, pave = throughput.rows("sac", "updates/s", {"λ=0": [4.0, 2.0, 1.0], "PAVE": [4.0, 1.0, 1.0]})
     assert (plain["median"], plain["min"], plain["max"], plain["/ λ=0"]) == (2, 1, 4, 1)
-    assert pave["/ λ=0"] == 0.5  # the median of 1/4, 1/2 and 1
-    assert throughput.rows("", "x", {"reference matmuls": [3.0]})[0]["/ λ=0"] is None
+    assert (pave["median"], pave["/ λ=0"]) == (1, 1)  # the median of 1, 1/2 and 1
 
 
-@pytest.mark.parametrize("device, sb3", [("cpu", False), ("cuda", True)])
-def test_the_table_and_its_files(tmp_path, monkeypatch, capsys, device, sb3):
-    for name in ("our_side", "sb3_side"):
-        monkeypatch.setattr(throughput, name, lambda *_: {"updates/s": None, "env steps/s": None})
-    monkeypatch.setattr(throughput, "measure", lambda functions, *_: {side: [2.0, 1.0] for side in functions})
-    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: sb3 or None)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_table_and_its_files(tmp_path, monkeypatch, capsys, device):
+    monkeypatch.setattr(throughput, "side", lambda *_: {"updates/s": None, "env steps/s": None})
+    monkeypatch.setattr(throughput, "measure", lambda functions, *_: {name: [2.0, 1.0] for name in functions})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     throughput.main(tiny(tmp_path, device=device))
-    printed = capsys.readouterr().out
-    with open(tmp_path / "throughput.csv") as file:
-        lines = list(csv.DictReader(file))
     content = json.loads((tmp_path / "throughput.json").read_text())
-    assert len(lines) == len(content["rows"]) == (2 * 2 * (3 + sb3) + (device == "cpu"))
+    assert len(pd.read_csv(tmp_path / "throughput.csv")) == len(content["rows"]) == 2 * (2 * 3 + (device == "cpu"))
     assert {"threads", "command", "torch", "machine"} <= content["machine"].keys()
-    assert ("42 reference matmuls/s" in printed) == (device == "cpu") and ("SB3" in printed) == sb3
-    assert "floor" not in printed.lower()
+    printed = capsys.readouterr().out
+    assert ("matrix products alone" in printed) == (device == "cpu") and "floor" not in printed
+
+
+def test_matrix_products_are_those_of_n_updates(script, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(torch, "matmul", lambda x, weight: shapes.append((x.shape, weight.shape)) or x)
+    throughput.matrix_products(script)(2)
+    assert set(shapes) == {((256, 256), (256, 256))}
+    assert len(shapes) == 2 * {"sac_pave_continuous": 52, "td3_pave_continuous": 47.5}[script.SCRIPT]
 
 
 @pytest.mark.parametrize(
@@ -109,15 +108,3 @@ def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys, changes, line):
         throughput.main(tiny(tmp_path, **changes))
     message = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and line in message and len(message.splitlines()) == 1
-
-
-def test_stable_baselines3_is_measured_with_our_sizes(script, tmp_path, monkeypatch):
-    pytest.importorskip("stable_baselines3")
-    monkeypatch.setattr(throughput, "FILL", 300)
-    does = throughput.sb3_side(script, tiny(tmp_path))
-    model = does["updates/s"].func.__self__
-    before = model._n_updates, model.num_timesteps
-    does["updates/s"](3)
-    does["env steps/s"](5)
-    assert (model._n_updates - before[0], model.num_timesteps - before[1]) == (8, 5)
-    assert model.batch_size == 256 and sys.modules["stable_baselines3"]
