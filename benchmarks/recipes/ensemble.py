@@ -16,7 +16,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from sac_pave_continuous import Actor, ReplayBuffer, evaluate, make_env, pave_losses, rademacher_like
 
-MEMBERS, ATOMS, LOWEST, SPACING = 5, 56, -1000.0, 20.0  # atom k is the return LOWEST + SPACING k
+MEMBERS, ATOMS, LOWEST, SPACING = 3, 56, -1000.0, 20.0  # atom k is the return LOWEST + SPACING k
 # The paper's 0.1, 0.005, 0.5 and delta 1 for SAC on Pendulum. Q counts atoms, so that cross-entropy is near half a
 # squared error: squares keep their lambda, and what is linear in Q divides its own by SPACING
 LAMBDAS, DELTA = (0.1, 0.005, 0.5 / SPACING), 1 / SPACING
@@ -52,7 +52,7 @@ def critic_loss(members, s, a, next_s, target, lambdas):
         pave = pave_losses(lambda s, a: q_value(weights, s, a), s, a, next_s, noise, probe, DELTA)
         logits = functional_call(template, weights, (s, a))
         td = -(two_hot * logits.log_softmax(1)).sum(1).mean()  # a scalar head: (pave.q_values - target) ** 2, no logits
-        return td + lambdas[0] * pave.mpr + lambdas[1] * pave.vfc + lambdas[2] * pave.curvature
+        return td + lambdas @ torch.stack(pave[:3])
 
     return vmap(member_loss)(members).sum()
 
@@ -81,7 +81,7 @@ def train(lambdas: tuple[float, float, float] = LAMBDAS, seed: int = 1, total_ti
             next_q = q_values(targets, next_s, next_a)[torch.randperm(MEMBERS)[:2]].amin(0) * SPACING + LOWEST
             target = (r + 0.99 * (1 - done) * (next_q - 0.2 * log_prob) - LOWEST) / SPACING
         q_optimizer.zero_grad()
-        critic_loss(members, s, a, next_s, target, lambdas).backward()
+        critic_loss(members, s, a, next_s, target, torch.tensor(lambdas)).backward()
         q_optimizer.step()
 
         new_a, log_prob = actor.sample(s, torch.randn_like(a))

@@ -51,7 +51,7 @@ class PaveSAC(SAC):
         """To the TD gradients, which SB3 has just computed on the same batch."""
         noise, probe = self.sigma * torch.randn_like(s), rademacher_like(a)
         terms = critic_terms(self.critic, s, a, next_s, noise, probe, self.delta)
-        (terms * terms.new_tensor(self.lambdas)).sum().backward()
+        (terms @ terms.new_tensor(self.lambdas)).backward()
         for name, term in zip(("mpr", "vfc", "curvature"), terms.tolist(), strict=True):
             self.logger.record_mean(f"train/{name}", term)
 
