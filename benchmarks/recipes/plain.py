@@ -1,7 +1,6 @@
 """PAVE in a plain twin-critic loop (TD3 without its frills), to read or to paste from; the lines marked PAVE are all.
 
-    python -m benchmarks.recipes.plain
-    python -m benchmarks.recipes.plain --lambdas 0 0 0    # the same agent without PAVE
+python -m benchmarks.recipes.plain    # --lambdas 0 0 0: the same agent without PAVE
 """
 
 import copy
@@ -58,7 +57,6 @@ def train(lambdas: tuple[float, float, float] = LAMBDAS, seed: int = 1, total_ti
         obs = env.reset()[0] if terminated or truncated else next_obs
         if len(replay) < 256:
             continue
-
         batch = zip(*random.choices(replay, k=64), strict=True)
         s, a, r, next_s, done = (torch.as_tensor(np.array(x)).float() for x in batch)
         with torch.no_grad():
@@ -79,4 +77,4 @@ def train(lambdas: tuple[float, float, float] = LAMBDAS, seed: int = 1, total_ti
 
 
 if __name__ == "__main__":
-    print(json.dumps(evaluate(tyro.cli(train, description=__doc__), make_env("Pendulum-v1"), episodes=10)))
+    print(json.dumps(evaluate(tyro.cli(train), make_env("Pendulum-v1"), episodes=10)))

@@ -1,7 +1,6 @@
 """SAC + PAVE in Stable-Baselines3: PaveSAC adds PAVE to the critic's gradient. train(), save() and load() stay SB3's.
 
-    python -m benchmarks.recipes.sb3
-    python -m benchmarks.recipes.sb3 --lambdas 0 0 0    # SB3's own SAC with SiLU
+    python -m benchmarks.recipes.sb3    # --lambdas 0 0 0: SB3's own SAC, with SiLU
 
 Copy PaveSAC below the PAVE block, and give it a smooth activation as in train() below: SB3's own is ReLU. The actions
 need nothing: SB3 replays them in [-1, 1]. Tested with stable-baselines3 2.9, vector observations and n_steps = 1.
@@ -68,4 +67,4 @@ def train(lambdas: tuple[float, float, float] = LAMBDAS, seed: int = 1, total_ti
 
 
 if __name__ == "__main__":
-    print(json.dumps(evaluate(tyro.cli(train, description=__doc__), make_env("Pendulum-v1"), episodes=10)))
+    print(json.dumps(evaluate(tyro.cli(train), make_env("Pendulum-v1"), episodes=10)))
