@@ -1,12 +1,11 @@
 """The PAVE block: its derivatives against two references, closed forms, torch.compile, and what it refuses.
 
-On the SAC script: test_text.py holds the block to be the same text in both. Autograd may be wrong itself in a third
-derivative, so that one reference are central differences of a term's value: nothing in them is a gradient in the
-parameters.
+On the SAC script: test_text.py holds the block to be the same text in both. Double backward is as wrong as the block
+where torch itself is, so that the other reference, central differences, has no autograd in it.
 """
 
 import itertools
-import math
+import re
 
 import numpy as np
 import pytest
@@ -17,45 +16,37 @@ from torch import nn
 import sac_pave_continuous as script
 
 STATES, ACTIONS, ROWS = 5, 3, 16
-TERMS = ("mpr", "vfc", "curvature")
-
-
-class NormCritic(nn.Module):
-    """The normalised critics of today: GroupNorm(1, H) is the same function as LayerNorm(H)."""
-
-    def __init__(self, norm=nn.GroupNorm, size=(1, 32)):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(STATES + ACTIONS, 32), norm(*size), nn.SiLU(), nn.Linear(32, 1))
-
-    def forward(self, s, a):
-        return self.net(torch.cat([s, a], 1)).squeeze(1)
 
 
 class Quadratic(nn.Module):
     """Q = 1/2 a^T H a + a^T C s: its action gradient is H a + C s, its mixed partial C."""
 
-    def __init__(self, diagonal=False):
+    def __init__(self):
         super().__init__()
         h = torch.randn(ACTIONS, ACTIONS)
-        self.H = nn.Parameter(torch.diag(h.diagonal()) if diagonal else h + h.T)
+        self.H = nn.Parameter(h + h.T)
         self.C = nn.Parameter(torch.randn(ACTIONS, STATES))
 
     def forward(self, s, a):
         return 0.5 * ((a @ self.H) * a).sum(1) + (a * (s @ self.C.T)).sum(1)
 
 
-CRITICS = {"mlp": lambda: script.QNetwork(STATES, ACTIONS), "group norm": NormCritic, "quadratic": Quadratic}
+NORMS = {"group norm": lambda: nn.GroupNorm(1, 256), "layer norm": lambda: nn.LayerNorm(256), "mlp": nn.Identity}
+CRITICS, TERMS = [*NORMS, "quadratic"], ("mpr", "vfc", "curvature")
 
 
-@pytest.fixture(params=CRITICS)
-def q(request, float64):
+def make(critic):
     torch.manual_seed(1)
-    return CRITICS[request.param]()
+    if critic == "quadratic":
+        return Quadratic()
+    q = script.QNetwork(STATES, ACTIONS)
+    q.net.insert(1, NORMS[critic]())
+    return q
 
 
-def inputs(seed=0):
+def inputs():
     """s, a, s', noise, probe"""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     s, next_s, noise = torch.randn(3, ROWS, STATES).unbind()
     a = torch.rand(ROWS, ACTIONS) * 2 - 1
     return s, a, next_s, 0.01 * noise, script.rademacher_like(a)
@@ -63,52 +54,28 @@ def inputs(seed=0):
 
 def double_backward(q, s, a, next_s, noise, v, delta):
     """The block's outputs the textbook way: torch.autograd.grad with create_graph, one state at a time."""
+    a = a.clone().requires_grad_()
 
     def field(states):
-        leaf = a.clone().requires_grad_()
-        value = q(states, leaf)
-        return torch.autograd.grad(value.sum(), leaf, create_graph=True)[0], leaf, value
+        return torch.autograd.grad(q(states, a).sum(), a, create_graph=True)[0]
 
-    gradient, leaf, value = field(s)
-    vhv = (v * torch.autograd.grad((gradient * v).sum(), leaf, create_graph=True)[0]).sum(1)
-    mpr = torch.mean((field(s + noise)[0] - gradient) ** 2)
-    vfc = torch.mean((field(next_s)[0] - gradient) ** 2)
-    return mpr, vfc, torch.clamp(vhv + delta, min=0).mean(), vhv, gradient, value
+    gradient = field(s)
+    vhv = (v * torch.autograd.grad((gradient * v).sum(), a, create_graph=True)[0]).sum(1)
+    mpr, vfc = (torch.mean((field(states) - gradient) ** 2) for states in (s + noise, next_s))
+    return mpr, vfc, torch.clamp(vhv + delta, min=0).mean(), vhv, gradient, q(s, a)
 
 
 def parameter_gradient(q, value):
     """One vector; 0 for a bias that a second derivative doesn't see."""
-    parameters, unused = list(q.parameters()), {"allow_unused": True, "materialize_grads": True}
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value.sum(), parameters, retain_graph=True, **unused)])
+    unused = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    return nn.utils.parameters_to_vector(torch.autograd.grad(value.sum(), list(q.parameters()), **unused))
 
 
-def central_difference(q, value, direction, step=1e-5):
-    """(value(w + h d) - value(w - h d)) / 2h, w the parameters of q, d the direction."""
-    start, ends = nn.utils.parameters_to_vector(q.parameters()).detach(), []
-    for side in (step, -step):
-        nn.utils.vector_to_parameters(start + side * direction, q.parameters())
-        ends.append(value().detach())
-    nn.utils.vector_to_parameters(start, q.parameters())
-    return (ends[0] - ends[1]) / (2 * step)
-
-
-def off_from_central_differences(q, term, delta):
-    """By how much the term's parameter gradient is off along a direction, relative to the gradient's norm."""
-    batch = inputs()
-
-    def value():
-        return getattr(script.pave_losses(q, *batch, delta), term)
-
-    gradient = parameter_gradient(q, value())
-    direction = torch.randn_like(gradient)
-    return (central_difference(q, value, direction) - gradient @ direction).abs() / gradient.norm()
-
-
-def test_every_value_and_its_parameter_gradient_equal_double_backward(q):
-    batch = inputs()
+@pytest.mark.parametrize("critic", CRITICS)
+def test_every_output_and_its_parameter_gradient_equal_double_backward(float64, critic):
+    q, batch = make(critic), inputs()
     ours = script.pave_losses(q, *batch, 1.0)
     assert ours._fields == (*TERMS, "vhv", "gradient", "q_values")
-    assert ours.q_values.shape == ours.vhv.shape == (ROWS,)
     assert all(term > 0 for term in ours[:3])
     for mine, theirs in zip(ours, double_backward(q, *batch, 1.0), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
@@ -117,75 +84,46 @@ def test_every_value_and_its_parameter_gradient_equal_double_backward(q):
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_parameter_gradient_equals_central_differences(q, term):
-    assert off_from_central_differences(q, term, delta=100.0) < 1e-6  # delta: away from Curv's kink
+@pytest.mark.parametrize("critic", CRITICS)
+def test_parameter_gradient_equals_a_central_difference(request, float64, critic, term):
+    if (critic, term) == ("layer norm", "curvature"):  # test_check_critic.py says what to do once this is mended
+        request.applymarker(pytest.mark.xfail(strict=True, reason="pytorch#175754"))
+    q, batch, step = make(critic), inputs(), 1e-5
+    weights = nn.utils.parameters_to_vector(q.parameters()).detach()
+    direction = torch.randn_like(weights)
+
+    def value(shift):
+        nn.utils.vector_to_parameters(weights + shift * direction, q.parameters())
+        return getattr(script.pave_losses(q, *batch, 100.0), term)  # delta: every row is above Curv's kink
+
+    gradient = parameter_gradient(q, value(0))
+    difference = (value(step) - value(-step)) / (2 * step)
+    assert (difference - gradient @ direction).abs() < 1e-6 * gradient.norm()
 
 
-def test_layer_norm_is_the_known_exception(float64):
-    """Its third derivative is wrong in torch, in double backward as well; test_check_critic tells when that changes."""
-    torch.manual_seed(1)
-    layer_norm, group_norm = NormCritic(nn.LayerNorm, (32,)), NormCritic()
-    group_norm.load_state_dict(layer_norm.state_dict())
-    ours = [script.pave_losses(q, *inputs(), 1.0) for q in (layer_norm, group_norm)]
-    for left, right in zip(*ours, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)  # every value is right
-    assert all(off_from_central_differences(layer_norm, term, 100.0) < 1e-6 for term in ("mpr", "vfc"))
-    assert off_from_central_differences(layer_norm, "curvature", 100.0) > 0.01
-
-
-def test_vhv_and_gradient_equal_the_full_hessian_and_central_differences_in_the_action(q):
-    s, a, _, _, v = inputs()
+@pytest.mark.parametrize("critic", CRITICS)
+def test_gradient_and_vhv_equal_central_differences_in_the_action(float64, critic):
+    q, (s, a, _, _, v) = make(critic), inputs()
     vhv, gradient, _ = script.hutchinson_trace(q, s, a, v)
-    for i in range(ROWS):
-        hessian = torch.autograd.functional.hessian(lambda x, i=i: q(s[i : i + 1], x[None])[0], a[i])
-        torch.testing.assert_close(vhv[i], v[i] @ hessian @ v[i], rtol=1e-9, atol=1e-12)
     up, here, down = (q(s, a + step * v) for step in (1e-3, 0, -1e-3))
     torch.testing.assert_close((up - down) / 2e-3, (gradient * v).sum(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((up - 2 * here + down) / 1e-6, vhv, rtol=1e-4, atol=1e-6)
 
 
 def test_closed_forms_on_a_quadratic_critic(float64):
-    torch.manual_seed(2)
-    q, (s, a, next_s, noise, v) = Quadratic(), inputs()
-    losses = script.pave_losses(q, s, a, next_s, noise, v, 1.0)
+    q, (s, a, next_s, noise, v) = make("quadratic"), inputs()
     vhv = torch.einsum("bi,ij,bj->b", v, q.H, v)
-    expected = {
-        "mpr": (noise @ q.C.T).square().sum(1).mean() / ACTIONS,
-        "vfc": ((next_s - s) @ q.C.T).square().sum(1).mean() / ACTIONS,
-        "curvature": (vhv + 1.0).clamp(min=0).mean(),
-        "vhv": vhv,
-        "gradient": a @ q.H + s @ q.C.T,
-        "q_values": q(s, a),
-    }
-    for name, value in expected.items():
-        torch.testing.assert_close(getattr(losses, name), value)
+    assert 0 < (vhv < -1.0).sum() < ROWS  # both sides of Curv's kink
+    mpr, vfc = ((states @ q.C.T).square().sum(1).mean() / ACTIONS for states in (noise, next_s - s))
+    expected = (mpr, vfc, (vhv + 1.0).clamp(min=0).mean(), vhv, a @ q.H + s @ q.C.T, q(s, a))
+    for ours, theirs in zip(script.pave_losses(q, s, a, next_s, noise, v, 1.0), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_mpr_tends_to_sigma_squared_frobenius_norm_over_the_actions(float64):
-    torch.manual_seed(2)
-    q, sigma, rows = Quadratic(), 0.01, 200_000
-    s, a = torch.randn(rows, STATES), torch.rand(rows, ACTIONS)
-    losses = script.pave_losses(q, s, a, s, sigma * torch.randn_like(s), script.rademacher_like(a), 1.0)
-    torch.testing.assert_close(losses.mpr, sigma**2 * q.C.square().sum() / ACTIONS, rtol=0.02, atol=0)
-    assert losses.vfc == 0
-
-
-def test_curvature_is_zero_and_pulls_no_more_below_the_margin(float64):
-    q = Quadratic()
-    q.H.data = -torch.eye(ACTIONS)  # v^T H v is -3
-    for delta, expected in ((2.9, 0.0), (3.5, 0.5)):
-        curvature = script.pave_losses(q, *inputs(), delta).curvature
-        assert curvature.item() == pytest.approx(expected)
-        assert bool(parameter_gradient(q, curvature).any()) == bool(expected)
-
-
-def test_mean_over_all_probes_is_the_trace_and_a_diagonal_needs_one(float64):
-    probes = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=ACTIONS)))
+def test_the_mean_over_all_probes_is_the_trace(float64):
+    q, probes = make("quadratic"), torch.tensor(list(itertools.product([-1.0, 1.0], repeat=ACTIONS)))
     s, a = torch.randn(len(probes), STATES), torch.randn(len(probes), ACTIONS)
-    full, diagonal = Quadratic(), Quadratic(diagonal=True)
-    torch.testing.assert_close(script.hutchinson_trace(full, s, a, probes)[0].mean(), full.H.trace())
-    estimates = script.hutchinson_trace(diagonal, s, a, probes)[0]
-    torch.testing.assert_close(estimates, diagonal.H.trace().expand(len(probes)))
+    torch.testing.assert_close(script.hutchinson_trace(q, s, a, probes)[0].mean(), q.H.trace())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -200,27 +138,24 @@ def test_probe_is_plus_minus_one_each_entry_on_its_own(dtype):
 
 @pytest.mark.parametrize("critic", ["mlp", "group norm"])
 def test_compiled_parameter_gradients_equal_eager_ones_in_float64(float64, critic):
-    torch.manual_seed(3)
-    q, batch = CRITICS[critic](), inputs()
+    q, batch = make(critic), inputs()
 
-    def backward(*batch):  # as the scripts compile it: loss and backward in one piece
+    def backward():  # as the scripts compile it: loss and backward in one piece
         pave = script.pave_losses(q, *batch, 1.0)
         (2.0 * pave.mpr + 3.0 * pave.vfc + 0.5 * pave.curvature + pave.q_values.square().mean()).backward()
-        return pave.mpr.detach(), pave.vfc.detach(), pave.curvature.detach(), pave.vhv.detach()
+        return [value.detach() for value in pave]
 
     def run(function):
         q.zero_grad()
-        return function(*batch), [p.grad.clone() for p in q.parameters()]
+        return function(), [p.grad.clone() for p in q.parameters()]
 
-    eager = run(backward)
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         compiled = run(torch.compile(backward, fullgraph=True))
-    for left, right in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(compiled, run(backward), rtol=1e-9, atol=1e-12)
 
 
 def test_losses_leave_generators_and_parameters_alone():
-    q, batch = script.QNetwork(STATES, ACTIONS), inputs()
+    q, batch = make("mlp"), inputs()
     rng, weights = torch.get_rng_state(), [p.clone() for p in q.parameters()]
     script.pave_losses(q, *batch, 1.0)
     assert torch.equal(rng, torch.get_rng_state())
@@ -228,49 +163,44 @@ def test_losses_leave_generators_and_parameters_alone():
 
 
 @pytest.mark.parametrize(
-    ("reshape", "advice"),
+    ("shape", "advice"),
     [
-        (lambda q: q[:, None], r"\(16,\), not \(16, 1\): pass q\(s, a\)\.squeeze\(-1\)"),
-        (lambda q: torch.stack([q, q]), r"\(16,\), not \(2, 16\): pass one critic at a time"),
-        (lambda q: torch.stack([q, q], 1), r"\(16,\), not \(16, 2\): pass one critic at a time"),
-        (lambda q: q.mean(), r"\(16,\), not \(\): pass one critic at a time, one value a row"),
+        ((ROWS, 1), "q(s, a).squeeze(-1)"),
+        *((s, "one critic at a time, one value a row") for s in [(2, ROWS), (ROWS, 2), ()]),
     ],
-    ids=["(B, 1)", "(N, B)", "(B, N)", "()"],
 )
-def test_a_wrong_shape_gets_the_advice_that_helps(reshape, advice):
-    q = script.QNetwork(STATES, ACTIONS)
-    with pytest.raises(ValueError, match=advice):
-        script.pave_losses(lambda s, a: reshape(q(s, a)), *inputs(), 1.0)
+def test_a_wrong_shape_gets_the_advice_that_helps(shape, advice):
+    with pytest.raises(ValueError, match=re.escape(f"({ROWS},), not {shape}: pass {advice}")):
+        script.pave_losses(lambda s, a: a.sum().expand(shape), *inputs(), 1.0)
 
 
 def test_autocast_is_refused_and_its_advice_helps():
-    q, batch = script.QNetwork(STATES, ACTIONS), inputs()
+    q, batch = make("mlp"), inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pytest.raises(ValueError, match="enabled=False"):
             script.pave_losses(q, *batch, 1.0)
         with torch.autocast("cpu", enabled=False):
             inside = script.pave_losses(q, *batch, 1.0)
-    assert all(torch.equal(x, y) for x, y in zip(inside, script.pave_losses(q, *batch, 1.0), strict=True))
+    torch.testing.assert_close(inside, script.pave_losses(q, *batch, 1.0), rtol=0, atol=0)
 
 
 def test_block_runs_when_pasted_below_import_torch_alone():
     text = (ROOT / "sac_pave_continuous.py").read_text()
     block = text.split("PAVE: paste from here to the next dashed line\n")[1].split("\n# -----")[0]
-    namespace = {}
-    exec("import torch\n" + block, namespace)
-    q, batch = script.QNetwork(STATES, ACTIONS), inputs()
-    pasted, ours = namespace["pave_losses"](q, *batch, 1.0), script.pave_losses(q, *batch, 1.0)
-    assert all(torch.equal(x, y) for x, y in zip(pasted, ours, strict=True))
-    assert set(namespace["rademacher_like"](batch[1]).unique().tolist()) == {-1.0, 1.0}
+    exec("import torch\n" + block, pasted := {})
+    q, batch = make("mlp"), inputs()
+    ours, theirs = script.pave_losses(q, *batch, 1.0), pasted["pave_losses"](q, *batch, 1.0)
+    torch.testing.assert_close(tuple(theirs), tuple(ours), rtol=0, atol=0)
+    assert set(pasted["rademacher_like"](batch[1]).unique().tolist()) == {-1.0, 1.0}
 
 
 def test_smoothness_by_the_sum_it_is_defined_as():
     actions, total = np.random.default_rng(0).normal(size=(31, 2)), 0.0
-    for dimension in actions.T:
-        for k in range(15):
-            transform = sum(x * np.exp(-2j * math.pi * k * t / 31) for t, x in enumerate(dimension))
-            total += 2 / 31 * (k / 31) * abs(transform) / 2
+    for k in range(15):
+        transform = np.exp(-2j * np.pi * k * np.arange(31) / 31) @ actions  # (d_a,)
+        total += 2 / 31 * (k / 31) * np.abs(transform).mean()
     assert script.smoothness(actions) == pytest.approx(total, rel=1e-12)
+    assert script.smoothness(actions[:1]) == 0.0
 
 
 def test_smoothness_of_a_sine_is_its_amplitude_times_its_frequency():
@@ -281,8 +211,3 @@ def test_smoothness_of_a_sine_is_its_amplitude_times_its_frequency():
     assert script.smoothness(np.stack([sine, np.ones(steps)], 1)) == pytest.approx(0.7 * cycles / steps / 2)
     assert script.smoothness(sine, fs=50.0) == pytest.approx(0.7 * cycles / steps)
     assert script.smoothness(np.cos(np.pi * np.arange(steps))) == pytest.approx(0.0, abs=1e-12)  # k = T/2 is left out
-
-
-@pytest.mark.parametrize("actions", [[], [1.0], [[0.3, 0.2]]])
-def test_smoothness_of_less_than_two_steps_is_zero(actions):
-    assert script.smoothness(np.array(actions)) == 0.0
