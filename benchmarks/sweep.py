@@ -1,15 +1,14 @@
 """A grid of trainings, script x method x env x seed, that goes on where it was stopped.
 
     python -m benchmarks.sweep --preset paper-td3 --envs Pendulum-v1 --methods base pave caps --jobs 2
-    python -m benchmarks.sweep --preset paper-sac --methods ablation --flags "--pave-batch-size 64" --dry-run
+    python -m benchmarks.sweep --preset paper-sac --methods ablation --flags="--pave-batch-size 64" --dry-run
     python -m benchmarks.sweep --grid benchmarks/results.toml --only "HalfCheetah|ablation"
 
-Every run is a command that you can copy (--dry-run shows them) and has a folder, its cell: <output-dir>/
-<env>__<sac|td3>__<method>__<seed>/ with the script's run folder, log.txt and cell.json. Each run is evaluated once it is
-finished (benchmarks.evaluate). A finished cell is skipped, a killed one resumed from its checkpoint, also towards more
---steps; one that can't be resumed gets a new run folder beside the old one; one that was trained with other settings
-fails. Nothing is removed. A failure doesn't stop the rest. Ctrl-C or SIGTERM lets the trainings save their checkpoints;
-the same command goes on. Exit code: 1 if a cell failed, 2 for bad input, 130 if stopped.
+Every run is a command that you can copy (--dry-run shows them). Its cell is the folder <output-dir>/
+<env>__<sac|td3>__<method>__<seed>/, with the script's run folder, log.txt and cell.json. A finished run is evaluated
+(benchmarks.evaluate), a killed one resumed, also towards more --steps. Nothing is removed: what can't be resumed gets a
+new run folder beside it. A cell that was trained with other settings fails; a failure doesn't stop the rest. Ctrl-C or
+SIGTERM lets the trainings save; the same command goes on. Exit code: 1 if a cell failed, 2 for bad input, 130 stopped.
 
 Methods:
     base          plain SAC / TD3, all lambdas 0
@@ -18,22 +17,18 @@ Methods:
     auto          --autotune-curv: 0.1, 0.0005, and lambda_curv finds itself
     caps          benchmarks.caps, the policy-side rival
     ablation-ijk  i, j, k = 1 keeps pave's lambda of MPR, VFC, Curv, 0 drops it; `ablation` is all eight
-The other tools name a method by the run's settings: ablation-111 is pave there, 000 base, and pave is untuned on an env
-without tuned lambdas and own with lambdas in --flags.
+The other tools name a run by its settings: ablation-111 is pave to them, 000 base; pave is untuned on an env without
+tuned lambdas, and own with lambdas in --flags.
 
 Presets, the paper's settings as far as flags go:
-    paper-td3     learning rates 1e-3, batch 256, gamma .99, learning starts at 10,000, exploration noise .1, policy
-                  delay 2, buffer 1e6; on Pendulum and LunarLander gamma .98 and buffer 2e5.
-                  Not matched: hidden layers of 256-256 instead of 400-300
-    paper-sac     learning rates 1e-3, batch 100, gamma .99, learning starts at 10,000, alpha 0.2 fixed, buffer 1e6.
-                  Not matched: one update after each step instead of 50 after every 50
+    paper-td3     not matched: hidden layers of 256-256 instead of 400-300
+    paper-sac     not matched: one update after each step instead of 50 after every 50
 
 --grid FILE.toml holds several grids, as [[grid]] tables with the keys scripts, preset, envs, methods, seeds, steps,
 flags, name and episodes; what a table lacks is taken from the command line.
 
-Where the runs are: on this machine, --jobs at a time; several GPUs take turns. On a cluster: start Ray on its nodes, then
---address auto on one of them; each run gets --cpus-per-run and --gpus-per-run. The repository, Python and --output-dir
-must be on a file system that all nodes share.
+On a cluster, start Ray on the nodes, then the sweep with --address auto on one of them. The repository, Python and
+--output-dir must be on a file system that all nodes share.
 """
 
 import concurrent.futures
@@ -44,12 +39,12 @@ import itertools
 import json
 import os
 import platform
-import queue
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from dataclasses import asdict, dataclass, fields
@@ -58,10 +53,19 @@ from typing import Literal, NamedTuple
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from benchmarks import caps, evaluate
-from benchmarks.common import ROOT, SCRIPTS, USER_ERRORS, UserError, machine, method_of, settings_of, user_errors
+from benchmarks.common import (
+    ROOT,
+    SCRIPTS,
+    USER_ERRORS,
+    UserError,
+    machine,
+    method_of,
+    require,
+    settings_of,
+    user_errors,
+)
 
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
 ABLATION = tuple(f"ablation-{mask:03b}" for mask in range(8))
@@ -78,49 +82,33 @@ CELL_FLAGS = {"--env-id", "--seed", "--total-timesteps", "--output-dir", "--resu
 # Settings that a finished training may have otherwise than asked; the second ones where no PAVE code runs.
 FREE = ("output_dir", "resume", "total_timesteps", "eval_", "checkpoint_interval", "cuda", "torch_", "compile")
 PAVE_ONLY = ("mpr_", "curv_", "pave_", "target_concavity")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
 class Grid:
-    scripts: tuple[Literal["sac", "td3"], ...] = ()
-    """default: the preset's own, or both"""
-    preset: Literal["paper-td3", "paper-sac"] | None = None
-    """settings to start from; None: the script's defaults"""
-    envs: tuple[str, ...] = ("Pendulum-v1",)
-    """Gymnasium ids"""
-    methods: tuple[str, ...] = ("base", "pave")
-    """see above"""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """one run of each method for each"""
-    steps: int | None = None
-    """env steps a run; None: the paper's (Pendulum 100,000, LunarLander and Reacher 500,000, others 1,000,000)"""
-    flags: str = ""
-    """flags for every run, in one string"""
-    name: str = ""
-    """ends the names of this grid's cells, so that other settings of the same env and method can stand beside them"""
-    episodes: int = 10
-    """of the evaluation of a finished run"""
+    scripts: tuple[Literal["sac", "td3"], ...] = ()  # default: the preset's own, or both
+    preset: Literal["paper-td3", "paper-sac"] | None = None  # settings to start from; None: the script's defaults
+    envs: tuple[str, ...] = ("Pendulum-v1",)  # Gymnasium ids
+    methods: tuple[str, ...] = ("base", "pave")  # see above
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run of each method for each
+    steps: int | None = None  # env steps a run; None: the paper's, or 1,000,000
+    flags: str = ""  # flags for every run, in one string
+    name: str = (
+        ""  # ends the names of the cells: a second grid of the same envs and methods, with other flags, needs one
+    )
+    episodes: int = 10  # of the evaluation of a finished run
 
 
 @dataclass
 class Args(Grid):
-    grid: Path | None = None
-    """TOML file with several grids"""
-    only: str = ""
-    """regular expression: only the cells whose folder's name it is found in"""
-    output_dir: Path = Path("runs/sweep")
-    """where the cells are"""
-    jobs: int | None = None
-    """runs at a time on this machine; None: one a GPU or, where there is none, one a CPU core"""
-    address: str | None = None
-    """Ray cluster to run on, auto for this machine's"""
-    cpus_per_run: int = 1
-    """CPU threads of a run, and the cores that Ray reserves for it"""
-    gpus_per_run: float = 0.0
-    """of a run on a Ray cluster; 0.5: two share one"""
-    dry_run: bool = False
-    """show each cell's state and command, train nothing"""
+    grid: Path | None = None  # TOML file with several grids
+    only: str = ""  # regular expression: only the cells whose folder's name it is found in
+    output_dir: Path = Path("runs/sweep")  # where the cells are
+    jobs: int | None = None  # runs at a time on this machine; GPUs take turns. None: one a GPU, or else one a CPU core
+    address: str | None = None  # Ray cluster to run on; auto: this machine's
+    cpus_per_run: int = 1  # CPU threads of a run, and the cores that Ray reserves for it
+    gpus_per_run: float = 0.0  # that Ray reserves for a run; 0.5: two share one
+    dry_run: bool = False  # show each cell's state and command, train nothing
 
 
 class Cell(NamedTuple):
@@ -210,28 +198,25 @@ def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, o
 def make_cells(args: Args) -> list[Cell]:
     """Every cell of the grids, once; UserError where they make no sense."""
     cells = {}
-    try:
-        only = re.compile(args.only)
-    except re.error as error:
-        raise UserError(f"--only {args.only} is no regular expression ({error})") from error
     for grid in read_grids(args):
-        algorithms = (grid.preset.removeprefix("paper-"),) if grid.preset else grid.scripts or ("sac", "td3")
-        if set(grid.scripts) - set(algorithms):
-            raise UserError(f"--preset {grid.preset} is for --scripts {algorithms[0]} only")
-        if taken := CELL_FLAGS & {word.partition("=")[0].replace("_", "-") for word in shlex.split(grid.flags)}:
-            raise UserError(f"--flags has {', '.join(sorted(taken))}: the sweep sets that itself")
+        own = (grid.preset.removeprefix("paper-"),) if grid.preset else tuple(ALGORITHMS)
+        algorithms = grid.scripts or own
+        require(set(algorithms) <= set(own), f"--preset {grid.preset} is for --scripts {own[0]} only")
+        taken = CELL_FLAGS & {word.partition("=")[0].replace("_", "-") for word in shlex.split(grid.flags)}
+        require(not taken, f"--flags has {', '.join(sorted(taken))}: the sweep sets that itself")
         methods = [name for method in grid.methods for name in (ABLATION if method == "ablation" else (method,))]
-        if unknown := set(methods) - set(METHODS):
-            raise UserError(f"--methods has {', '.join(unknown)}; there are ablation, {', '.join(METHODS)}")
+        unknown = ", ".join(set(methods) - set(METHODS))
+        require(not unknown, f"--methods has {unknown}; there are ablation, {', '.join(METHODS)}")
         for env_id, seed, algorithm, method in itertools.product(grid.envs, grid.seeds, algorithms, methods):
             cell = make_cell(grid, algorithm, method, env_id, seed, args.output_dir)
-            if cells.setdefault(cell.folder, cell).words != cell.words:
-                raise UserError(f"two grids want {cell.folder.name} with different flags: give one of them a name")
-    if not cells:
-        raise UserError("the grid is empty: give envs, methods and seeds")
-    chosen = [cell for cell in cells.values() if only.search(cell.folder.name)]
-    if not chosen:
-        raise UserError(f"--only {args.only} leaves none of {len(cells)} cells, such as {next(iter(cells)).name}")
+            same = cells.setdefault(cell.folder.name, cell).words == cell.words
+            require(same, f"two grids want {cell.folder.name} with different flags: give one of them a name")
+    require(len(cells) > 0, "the grid is empty: give envs, methods and seeds")
+    try:
+        chosen = [cell for name, cell in cells.items() if re.search(args.only, name)]
+    except re.error as error:
+        raise UserError(f"--only {args.only} is no regular expression ({error})") from error
+    require(len(chosen) > 0, f"--only {args.only} leaves none of {len(cells)} cells, such as {next(iter(cells))}")
     return chosen
 
 
@@ -340,27 +325,21 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
 # ----------------------------------------------------------------------------------------------------- the sweep
 
 
-def start_local(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, Cell]:
-    """A thread for each run at a time: it only waits for the run's process."""
-    count = torch.cuda.device_count()
+def start_local(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, str]:
+    """Future of each run -> its cell's name. A thread for each run at a time: it only waits for the run's process."""
+    count, thread = torch.cuda.device_count(), threading.local()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    jobs, free = args.jobs or count or os.cpu_count(), queue.SimpleQueue()
-    for gpu in itertools.islice(itertools.cycle(gpus if count > 1 else [None]), jobs):
-        free.put(gpu)
-
-    def on_a_gpu(cell: Cell):
-        gpu = free.get()
-        try:
-            return run_cell(cell, args.cpus_per_run, stop, gpu)
-        finally:
-            free.put(gpu)
-
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    return {pool.submit(on_a_gpu, cell): cell for cell in cells}
+    turns = itertools.cycle(gpus if count > 1 else [None])
+    jobs = args.jobs or count or os.cpu_count()
+    pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=lambda: setattr(thread, "gpu", next(turns)))
+    return {
+        pool.submit(lambda cell=cell: run_cell(cell, args.cpus_per_run, stop, thread.gpu)): cell.folder.name
+        for cell in cells
+    }
 
 
-def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, Cell]:
-    """A Ray task for each run; UserError where there is no Ray or no cluster."""
+def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, str]:
+    """As start_local, with a Ray task for each run; UserError where there is no Ray or no cluster."""
     try:
         import ray
 
@@ -370,15 +349,15 @@ def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futu
         cause = " ".join(str(error).split())
         raise UserError(f"cannot use --address {args.address} ({cause}): pip install ray, ray start") from error
     if ray.cluster_resources().get("GPU", 0) < args.gpus_per_run:
-        tqdm.write("warning: the cluster has fewer GPUs than --gpus-per-run; the runs wait for more")
+        print("warning: the cluster has fewer GPUs than --gpus-per-run; the runs wait for more", flush=True)
     task = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run)(run_cell)
-    return {task.remote(cell, args.cpus_per_run, stop).future(): cell for cell in cells}
+    return {task.remote(cell, args.cpus_per_run, stop).future(): cell.folder.name for cell in cells}
 
 
 def main(args: Args) -> None:
     for name in ("jobs", "cpus_per_run", "episodes"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     cells = make_cells(args)
     if args.dry_run:
         for cell in cells:
@@ -388,50 +367,37 @@ def main(args: Args) -> None:
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stop = args.output_dir.resolve() / f".stop-{platform.node()}-{os.getpid()}"  # all runs, on all nodes, look at it
-    bar, outcomes = tqdm(total=len(cells), unit="run", disable=None), {}
+    futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
 
-    def request_stop(signum, _frame):
-        stop.touch()
-        bar.set_description("stopping, checkpoints are being saved")
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the sweep at once; the trainings still save
-
-    futures = (start_ray if args.address else start_local)(args, cells, stop)
-    handlers = {signum: signal.signal(signum, request_stop) for signum in STOP_SIGNALS}
-    try:
-        for future in concurrent.futures.as_completed(futures):
-            name = futures[future].folder.name
+    def wait():
+        for future in concurrent.futures.as_completed(
+            [future for future in futures if futures[future] not in outcomes]
+        ):
+            name = futures[future]
             try:
-                outcome, detail = future.result()
+                outcomes[name], detail = future.result()
             except Exception as error:  # whatever it is, the other cells go on
-                outcome, detail = "failed", " ".join(repr(error).split())
-            outcomes[name] = outcome
-            if outcome != "stopped":
-                tqdm.write(f"{outcome:8} {name}  {detail}")
-            bar.update()
-    finally:
-        stop.unlink(missing_ok=True)
-        bar.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+                outcomes[name], detail = "failed", " ".join(repr(error).split())
+            print(f"{len(outcomes)}/{len(cells)} {outcomes[name]} {name}  {detail}", flush=True)
+
+    try:
+        wait()
+    except KeyboardInterrupt:  # a second one ends the sweep at once; the trainings still save
+        stop.touch()
+        print("stopping: checkpoints are being saved", flush=True)
+        wait()
+        stop.unlink()
     finished = sum(outcome in ("done", "skipped") for outcome in outcomes.values())
-    if "stopped" in outcomes.values():
-        print(f"stopped, {finished} of {len(cells)} runs are finished; the same command goes on")
-        sys.exit(130)
     failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     print(f"{finished} of {len(cells)} runs are finished" + (f"; these failed: {', '.join(failed)}" if failed else ""))
+    if "stopped" in outcomes.values():
+        print("stopped; the same command goes on")
+        sys.exit(130)
     if failed:
         sys.exit(1)
 
 
-def command_line() -> Args:
-    """The flags. tyro would take what follows --flags for a flag: `--flags "--x 1"` becomes `--flags="--x 1"`."""
-    words = sys.argv[1:]
-    while "--flags" in words[:-1]:
-        at = words.index("--flags")
-        words[at : at + 2] = [f"--flags={words[at + 1]}"]
-    return tyro.cli(Args, description=__doc__, args=words)
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with user_errors():
-        main(command_line())
+        main(tyro.cli(Args, description=__doc__))
