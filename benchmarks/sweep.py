@@ -368,6 +368,7 @@ def main(args: Args) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stop = args.output_dir.resolve() / f".stop-{platform.node()}-{os.getpid()}"  # all runs, on all nodes, look at it
     futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set a handler of its own
 
     def wait():
         for future in concurrent.futures.as_completed(
@@ -398,6 +399,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with user_errors():
         main(tyro.cli(Args, description=__doc__))
