@@ -367,13 +367,13 @@ def main(args: Args) -> None:
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stop = args.output_dir.resolve() / f".stop-{platform.node()}-{os.getpid()}"  # all runs, on all nodes, look at it
+    stop.unlink(missing_ok=True)
     futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set a handler of its own
 
     def wait():
-        for future in concurrent.futures.as_completed(
-            [future for future in futures if futures[future] not in outcomes]
-        ):
+        pending = [future for future, name in futures.items() if name not in outcomes]
+        for future in concurrent.futures.as_completed(pending):
             name = futures[future]
             try:
                 outcomes[name], detail = future.result()
@@ -383,8 +383,10 @@ def main(args: Args) -> None:
 
     try:
         wait()
-    except KeyboardInterrupt:  # a second one ends the sweep at once; the trainings still save
+    except KeyboardInterrupt:
         stop.touch()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)  # a second one ends the sweep at once; the trainings still save
         print("stopping: checkpoints are being saved", flush=True)
         wait()
         stop.unlink()

@@ -293,12 +293,13 @@ def test_several_gpus_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     lines = run_python(sweep.start_local, tmp_path, arguments(tmp_path, seeds=(1, 2), jobs=None))
-    assert sorted(lines) == ["3 1", "5 1"]
+    assert sorted(lines) == ["3 1 True", "5 1 True"]
 
 
 def run_python(start, folder, args) -> list[str]:
-    """The GPU and the number of threads that each cell's process is given, told by Python in place of a training."""
-    code = "import os, time; time.sleep(1); print(*map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')))"
+    """GPU, threads and "a session of its own" of each cell's process, told by Python in place of a training."""
+    code = """import os, time; time.sleep(1)  # so that the other one starts beside it
+print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], os.getsid(0) == os.getpid())"""
     told = [cell._replace(words=["-c", code]) for cell in sweep.make_cells(args)]
     for future in start(args, told, folder / ".stop"):
         assert future.exception()  # it leaves no run to evaluate
@@ -357,7 +358,7 @@ def two_nodes():
 
 def test_on_a_ray_cluster(tmp_path, two_nodes):
     half = arguments(tmp_path, seeds=(1, 2), address=two_nodes, gpus_per_run=0.5, cpus_per_run=2)
-    assert run_python(sweep.start_ray, tmp_path, half) == ["0 2", "0 2"]
+    assert run_python(sweep.start_ray, tmp_path, half) == ["0 2 True"] * 2
     check_that_it_stops_and_goes_on(tmp_path / "stopped", "--address", two_nodes)
 
 
