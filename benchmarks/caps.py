@@ -1,6 +1,6 @@
 """CAPS, the policy-side rival of PAVE (Mysore et al. 2021, arXiv 2012.06644), on the scripts' own SAC and TD3.
 
-    python benchmarks/caps.py sac_pave_continuous --env-id Pendulum-v1 --seed 1
+    python -m benchmarks.caps sac_pave_continuous --env-id Pendulum-v1 --seed 1
 
 trains the plain algorithm (the critic's lambdas are 0) with two terms added to the actor's loss, pi(s) the
 deterministic action in [-1, 1]:
@@ -8,55 +8,24 @@ deterministic action in [-1, 1]:
     temporal  lambda_T 1/2 mean (pi(s) - pi(s'))^2                            s' the replayed next state
     spatial   lambda_S 1/2 mean (pi(s) - pi(s + e))^2,  e ~ N(0, sigma^2 I)
 
-Means are over the batch and the action dimensions; gradients flow through both actions. Takes every flag of the script
-(`python sac_pave_continuous.py --help`), --resume included, and makes the same run folder with caps.json in it: the
-weights and sigma. Go on with a CAPS run through this file: the script alone would resume it without the two terms.
+Means are over the batch and the action dimensions; gradients flow through both actions. Takes every flag of the script,
+--resume included, and three of its own (`python -m benchmarks.caps sac_pave_continuous --help`), and makes the same run
+folder. Go on with a CAPS run through this file: the script alone does not know those three.
 """
 
-import json
 import math
 import re
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
-from unittest import mock
 
 import torch
-import tyro
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts and benchmarks/ are files, not packages
-
-from benchmarks.evaluate import SCRIPTS, UserError, user_errors
+from benchmarks.common import SCRIPTS, require, user_errors
 
 WEIGHTS = {"Pendulum": (1.0, 5.0)}  # (lambda_T, lambda_S) by env; any other env takes the next line
 DEFAULT_WEIGHTS = (0.1, 0.5)
-SIGMA = 0.2
-
-
-@dataclass
-class Args:
-    script: Annotated[Literal["sac_pave_continuous", "td3_pave_continuous"], tyro.conf.Positional]
-    """the algorithm; all flags but the ones below are its own"""
-    caps_temporal: float | None = None
-    """lambda_T; None: 1.0 on Pendulum, else 0.1"""
-    caps_spatial: float | None = None
-    """lambda_S; None: 5.0 on Pendulum, else 0.5"""
-    caps_sigma: float | None = None
-    """standard deviation of the spatial term's noise, in the observation's own units; None: 0.2"""
-
-
-def settings(args: Args, env_id: str, saved: dict | None = None) -> dict[str, float]:
-    """What caps.json holds: the flags, or else what is `saved`, or else the env's defaults; UserError if senseless."""
-    weights = WEIGHTS.get(re.sub(r"-v\d+$", "", env_id), DEFAULT_WEIGHTS)
-    caps = dict(zip(("caps_temporal", "caps_spatial", "caps_sigma"), (*weights, SIGMA), strict=True)) | (saved or {})
-    caps |= {name: getattr(args, name) for name in caps if getattr(args, name, None) is not None}
-    for name, value in caps.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or a positive number")
-    return caps
 
 
 def caps_loss(actor, observations, next_observations, noise, temporal: float, spatial: float):
@@ -66,43 +35,51 @@ def caps_loss(actor, observations, next_observations, noise, temporal: float, sp
     return 0.5 * (temporal * F.mse_loss(actions, next_actions) + spatial * F.mse_loss(actions, near_actions))
 
 
-def train(script: ModuleType, args, caps: dict[str, float]) -> Path:
-    """script.train(args) with CAPS in the actor's loss; args: script.Args without PAVE, caps: see `settings`."""
-    args = replace(args, **{name: getattr(args, name) or 0.0 for name in script.LAMBDAS})
-    if args.autotune_curv or any(getattr(args, name) for name in script.LAMBDAS):
-        raise UserError("CAPS leaves the critic plain: no --autotune-curv, and the three lambdas must be 0")
-    temporal, spatial, sigma = caps["caps_temporal"], caps["caps_spatial"], caps["caps_sigma"]
-    make_plain_run_dir = script.make_run_dir
+def with_caps(script: ModuleType) -> tuple[type, type]:
+    """The settings and the agent of a script with CAPS: for its parse_args(settings) and train(args, agent)."""
 
-    class CapsAgent(script.Agent):
+    @dataclass
+    class Args(script.Args):
+        lambda_mpr: float = 0.0  # CAPS leaves the critic plain
+        lambda_vfc: float = 0.0  # CAPS leaves the critic plain
+        lambda_curv: float = 0.0  # CAPS leaves the critic plain
+        caps_temporal: float | None = None  # lambda_T; None: 1.0 on Pendulum, else 0.1
+        caps_spatial: float | None = None  # lambda_S; None: 5.0 on Pendulum, else 0.5
+        caps_sigma: float = 0.2  # standard deviation of the spatial term's noise, in the observation's own units
+
+    class Agent(script.Agent):
         def actor_loss(self, batch: tuple, *noise):
-            """The script's actor loss plus the CAPS terms; and what the script returns besides."""
-            loss, more = super().actor_loss(batch, *noise)
-            if temporal or spatial:  # else no noise is drawn: the plain algorithm, bit for bit
-                near = sigma * torch.randn_like(batch[0])
-                loss = loss + caps_loss(self.actor, *batch[:2], near, temporal, spatial)
-            return loss, more
+            """The script's actor loss plus the CAPS terms; and what to log."""
+            loss, metrics = super().actor_loss(batch, *noise)
+            args = self.args
+            if args.caps_temporal or args.caps_spatial:  # else no noise is drawn: the plain algorithm, bit for bit
+                near = args.caps_sigma * torch.randn_like(batch[0])
+                caps = caps_loss(self.actor, *batch[:2], near, args.caps_temporal, args.caps_spatial)
+                loss, metrics = loss + caps, metrics | {"losses/caps": caps}
+            return loss, metrics
 
-    def make_run_dir(args) -> Path:
-        run_dir = make_plain_run_dir(args)
-        (run_dir / "caps.json").write_text(json.dumps(caps, indent=2) + "\n")
-        return run_dir
+    return Args, Agent
 
-    with mock.patch.multiple(script, Agent=CapsAgent, make_run_dir=make_run_dir):
-        return script.train(args)
+
+def validate(args):
+    """Return args with each None weight looked up for this env; UserError on a setting that makes no sense."""
+    weights = WEIGHTS.get(re.sub(r"-v\d+$", "", args.env_id), DEFAULT_WEIGHTS)
+    require(not args.resume or args.caps_temporal is not None, "--resume is no CAPS run: give one that CAPS began")
+    weights = dict(zip(("caps_temporal", "caps_spatial"), weights, strict=True))
+    args = replace(args, **{name: value for name, value in weights.items() if getattr(args, name) is None})
+    for name in (*weights, "caps_sigma"):
+        value = getattr(args, name)
+        require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be 0 or a positive number")
+    plain = not (args.autotune_curv or args.lambda_mpr or args.lambda_vfc or args.lambda_curv)
+    require(plain, "CAPS leaves the critic plain: no --autotune-curv, and the three lambdas must be 0")
+    return args
 
 
 def main() -> None:
-    args, script_flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
-    script = SCRIPTS[args.script]
-    sys.argv[1:] = script_flags  # the script reads its own flags, and its settings again where it resumes
-    script_args, saved = script.parse_args(), None
-    if script_args.resume:
-        file = Path(script_args.resume).with_name("caps.json")
-        if not file.is_file():
-            raise UserError(f"--resume {script_args.resume} is no CAPS run: it has no {file.name} beside it")
-        saved = json.loads(file.read_text())
-    train(script, script_args, settings(args, script_args.env_id, saved))
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else "nothing"
+    require(name in SCRIPTS, f"give {' or '.join(SCRIPTS)} first, not {name}: flags come after it")
+    settings, agent = with_caps(SCRIPTS[name])
+    SCRIPTS[name].train(validate(SCRIPTS[name].parse_args(settings)), agent)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ number of episodes, is kept. What the numbers are:
     return, smoothness, oscillation,  the script's own evaluate(): deterministic policy, fixed starts, env action units.
     length                            smoothness (sm) grows with the length: compare it at equal lengths only
     saturation                        share of action entries within 1 % of a limit: beyond +-0.98 in [-1, 1]
-    saturation_outward                share of states where a component of grad_a Q1 points outwards at such a limit: the
-                                      theorem presumes a maximum of Q inside the action box, and there is none
+    saturation_outward                share of states where a component of grad_a Q1 points outwards at such a limit:
+                                      no maximum of Q inside the action box, which the theorem presumes
     m_sup, m_mean                     ||d2Q/dsda||_2, largest and mean: how fast the action gradient turns with s
     neg_def                           share of states where d2Q/da2 is negative definite, as at a strict maximum
     mu_inf                            smallest |lambda_max(d2Q/da2)| over those states
@@ -169,10 +169,10 @@ def reference_std(env: gym.Env, reference: Path | None) -> np.ndarray:
     return deviations
 
 
-def about(run: Run, episodes: int, reference: Path | None = None) -> dict:
-    """What an evaluation hangs on."""
+def about(step: int, episodes: int, reference: Path | None = None) -> dict:
+    """What an evaluation of a run hangs on: one that says the same of itself is up to date."""
     reference = str(reference.resolve()) if reference else RANDOM_POLICY
-    return {"version": VERSION, "step": run.step, "episodes": episodes, "noise_reference": reference}
+    return {"version": VERSION, "step": step, "episodes": episodes, "noise_reference": reference}
 
 
 def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) -> dict:
@@ -189,7 +189,7 @@ def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) ->
     kept = ("return_mean", "smoothness_mean", "length_mean")
     robustness = {str(level): {name: metrics[name] for name in kept} for level, (_, metrics) in played.items()}
     noise = {"noise_std": deviations.tolist(), "robustness": robustness}
-    return about(run, episodes, reference) | values | noise
+    return about(run.step, episodes, reference) | values | noise
 
 
 def read_evaluation(path: Path) -> dict:
@@ -214,7 +214,7 @@ def main(args: Args) -> None:
     rows = []
     for run in [load_run(path, need_critic=False) for path in args.runs]:
         evaluation = read_evaluation(run.path)
-        if not about(run, args.episodes, args.noise_reference).items() <= evaluation.items():
+        if not about(run.step, args.episodes, args.noise_reference).items() <= evaluation.items():
             evaluation = evaluate_run(load_run(run.path), args.episodes, args.noise_reference)
             (run.path / "evaluation.json").write_text(json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
         name = {"run": run.path.resolve().name, "algorithm": run.algorithm, "method": run.method}

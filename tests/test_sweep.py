@@ -1,9 +1,11 @@
 """benchmarks/sweep.py and caps.py: what is run, what is not run again, and what happens when something goes wrong."""
 
 import csv
+import fcntl
 import importlib.metadata
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,119 +15,86 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from conftest import ROOT
 
-from benchmarks import caps, sweep
-from benchmarks.evaluate import UserError, load_run
+import td3_pave_continuous as td3
+from benchmarks import caps, evaluate, sweep
+from benchmarks.common import USER_ERRORS, load_run
 
 SMALL = "--no-compile --learning-starts 50 --batch-size 16 --eval-episodes 1 --buffer-size 1000"
 CAPS = {"caps_temporal": 1.0, "caps_spatial": 5.0, "caps_sigma": 0.2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On busy cores, small networks wait longer for a second thread than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def weights(run_dir):
-    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)["agent"]
-
-
-def same_weights(left, right) -> bool:
-    left, right = weights(left), weights(right)
-    assert left.keys() == right.keys()
-    return all(torch.equal(left[name], right[name]) for name in left)
-
-
 # ---------------------------------------------------------------------------------------------------------- CAPS
 
 
-def agent_and_batch(script, caps_settings, monkeypatch):
-    """The agent that caps.train makes, caught at the start of its training, and a batch for it."""
-    caught = []
-
-    def catch(args):
-        caught.append(script.Agent(3, 2, args, torch.device("cpu")))
-
-    monkeypatch.setattr(script, "train", catch)
+def test_caps_adds_its_two_terms_to_the_actor_loss(script):
+    settings, agent_class = caps.with_caps(script)
     torch.manual_seed(0)
-    caps.train(script, script.Args(compile=False), caps_settings)
+    agent = agent_class(3, 2, caps.validate(settings(env_id="Pendulum-v1", compile=False)), torch.device("cpu"))
     batch = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8, 2) * 2 - 1, torch.randn(8), torch.zeros(8)
-    return caught[0], batch
-
-
-def test_caps_adds_its_two_terms_to_the_actor_loss(script, monkeypatch):
-    agent, batch = agent_and_batch(script, CAPS, monkeypatch)
-    agent.actor.requires_grad_()
     noise = (torch.randn(8, 2),) if script.SCRIPT.startswith("sac") else ()
-    assert not any(getattr(agent.args, name) for name in script.LAMBDAS)
 
-    def loss_and_gradient(loss):
-        return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.actor.parameters())])
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.actor.parameters())])
 
     torch.manual_seed(1)
-    loss, gradient = loss_and_gradient(agent.actor_loss(batch, *noise)[0])
+    loss, _ = agent.actor_loss(batch, *noise)
     torch.manual_seed(1)
-    near = batch[0] + 0.2 * torch.randn(8, 3)
-    here, there, beside = (agent.actor(states) for states in (batch[0], batch[1], near))
-    terms = 0.0
+    here, there = agent.actor(batch[0]), agent.actor(batch[1])
+    beside, terms = agent.actor(batch[0] + 0.2 * torch.randn(8, 3)), 0.0
     for i in range(8):
         for j in range(2):
-            terms += (
-                1.0 * 0.5 * (here[i, j] - there[i, j]) ** 2 / 16 + 5.0 * 0.5 * (here[i, j] - beside[i, j]) ** 2 / 16
-            )
-    plain, _ = script.Agent.actor_loss(agent, batch, *noise)
-    expected, expected_gradient = loss_and_gradient(plain + terms)
-    assert terms > 0
-    assert torch.allclose(loss, expected, atol=1e-6)
-    assert torch.allclose(gradient, expected_gradient, atol=1e-6)
-
-    traced = torch.compile(agent.actor_loss, backend="aot_eager", fullgraph=True)
-    torch.manual_seed(1)
-    assert torch.allclose(loss_and_gradient(traced(batch, *noise)[0])[1], gradient, atol=1e-6)
+            terms += 0.5 * (here[i, j] - there[i, j]) ** 2 / 16 + 5 * 0.5 * (here[i, j] - beside[i, j]) ** 2 / 16
+    expected = script.Agent.actor_loss(agent, batch, *noise)[0] + terms
+    assert terms > 0 and torch.allclose(loss, expected, atol=1e-6)
+    assert torch.allclose(gradient(loss), gradient(expected), atol=1e-6)
 
 
-def test_caps_trains_resumes_and_without_weights_is_the_plain_algorithm(script, small_args):
-    args = small_args(eval_episodes=0, learning_starts=195, total_timesteps=210)
-    none, zero = dict.fromkeys(script.LAMBDAS, 0.0), dict.fromkeys(CAPS, 0.0)
-    plain = script.train(replace(args, **none))
-    assert same_weights(plain, caps.train(script, args, zero))
-    whole = caps.train(script, args, CAPS)
-    assert not same_weights(plain, whole)
-    assert json.loads((whole / "caps.json").read_text()) == CAPS
-    assert load_run(whole).label in ("SAC", "TD3")
-    part = caps.train(script, replace(args, total_timesteps=200), CAPS)
-    caps.train(script, replace(args, resume=str(part / "checkpoint.pt")), CAPS)
-    assert same_weights(part, whole)
-    with pytest.raises(UserError, match="lambda"):
-        caps.train(script, replace(args, lambda_curv=1.0), CAPS)
+def weights(run_dir: Path) -> torch.Tensor:
+    agent = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    return torch.cat([value.flatten() for value in agent.values()])
+
+
+def test_caps_trains_resumes_and_without_weights_is_the_plain_algorithm(script, small_args, monkeypatch):
+    settings, agent_class = caps.with_caps(script)
+    plain = replace(
+        small_args(eval_episodes=0, learning_starts=195, total_timesteps=210), **dict.fromkeys(script.LAMBDAS, 0.0)
+    )
+
+    def train(**changes):
+        return script.train(caps.validate(settings(**vars(plain) | changes)), agent_class)
+
+    base, whole = script.train(plain), train()
+    assert torch.equal(weights(train(**dict.fromkeys(CAPS, 0.0))), weights(base))
+    assert not torch.equal(weights(whole), weights(base))
+    run = load_run(whole)  # recognised by its own files
+    assert run.method == "caps" and {name: vars(run.args)[name] for name in CAPS} == CAPS
+    part = train(total_timesteps=200, caps_spatial=3.0)
+    saved = str(part / "checkpoint.pt")
+    monkeypatch.setattr(sys, "argv", ["caps", script.SCRIPT, "--resume", saved, "--total-timesteps", "210"])
+    caps.main()
+    assert load_run(part).args.caps_spatial == 3.0
+    assert torch.equal(weights(part), weights(train(caps_spatial=3.0)))
+    monkeypatch.setattr(sys, "argv", ["caps", script.SCRIPT, "--resume", str(base / "checkpoint.pt")])
+    with pytest.raises(USER_ERRORS, match="no CAPS run"):
+        caps.main()
 
 
 def test_caps_settings():
-    args = caps.Args("sac_pave_continuous")
-    assert caps.settings(args, "Pendulum-v1") == CAPS
-    assert caps.settings(args, "Hopper-v5") == {"caps_temporal": 0.1, "caps_spatial": 0.5, "caps_sigma": 0.2}
-    own = replace(args, caps_spatial=0.0)
-    assert caps.settings(own, "Hopper-v5", CAPS) == {"caps_temporal": 1.0, "caps_spatial": 0.0, "caps_sigma": 0.2}
-    with pytest.raises(UserError, match="caps-sigma"):
-        caps.settings(replace(args, caps_sigma=-1.0), "Hopper-v5")
+    settings, _ = caps.with_caps(td3)
+    hopper = caps.validate(settings(env_id="Hopper-v5", caps_spatial=0.0))
+    assert (hopper.caps_temporal, hopper.caps_spatial, hopper.caps_sigma) == (0.1, 0.0, 0.2)
+    for changes, message in (({"caps_sigma": -1.0}, "caps-sigma"), ({"lambda_curv": 1.0}, "lambda")):
+        with pytest.raises(USER_ERRORS, match=message):
+            caps.validate(settings(**changes))
 
 
 # ------------------------------------------------------------------------------------------------------ the grid
 
 
-def cells(**changes):
+def cells(**changes) -> dict[str, sweep.Cell]:
     return {cell.folder.name: cell for cell in sweep.make_cells(sweep.Args(**changes))}
-
-
-def script_args(cell):
-    script = next(script for script in sweep.SCRIPTS.values() if f"{script.SCRIPT}.py" == cell.command[0])
-    return tyro.cli(script.Args, args=cell.command[1:])
 
 
 def test_grid_and_presets(tmp_path):
@@ -134,41 +103,50 @@ def test_grid_and_presets(tmp_path):
     assert "a_module-Robot-v0__sac__ablation-101__2" in grid
     assert grid["a_module-Robot-v0__td3__base__1"].about["steps"] == 1_000_000
 
-    td3 = cells(
-        preset="paper-td3", methods=("base", "pave", "ablation-101", "untuned", "auto", "caps"), flags="--tau 0.1"
-    )
-    assert len(td3) == 6 * 5
-    cell = td3["Pendulum-v1__td3__ablation-101__3"]
-    args = script_args(cell)
-    assert (args.lambda_mpr, args.lambda_vfc, args.lambda_curv) == (2.0, 0.0, 2.0)
-    assert (args.env_id, args.seed, args.total_timesteps) == ("Pendulum-v1", 3, 100_000)
-    assert (args.gamma, args.buffer_size, args.batch_size, args.tau) == (0.98, 200_000, 256, 0.1)
-    assert cell.about["preset"] == "paper-td3"
-    assert script_args(td3["Pendulum-v1__td3__pave__1"]).lambda_mpr is None
-    assert script_args(td3["Pendulum-v1__td3__untuned__1"]).lambda_curv == 0.01
-    auto = script_args(td3["Pendulum-v1__td3__auto__1"])
-    assert (auto.autotune_curv, auto.lambda_curv, args.autotune_curv) == (True, None, False)
-    command = shlex.split(td3["Pendulum-v1__td3__caps__1"].about["command"])
-    assert command[:3] == ["python", "benchmarks/caps.py", "td3_pave_continuous"]
+    methods = ("base", "pave", "ablation-101", "untuned", "auto", "caps")
+    paper = cells(preset="paper-td3", methods=methods, flags="--tau 0.1")
+    assert len(paper) == 6 * 5
+    assert {cell.settings["method"] for cell in paper.values()} == set(methods)  # as the runs will call themselves
+    cell = paper["Pendulum-v1__td3__ablation-101__3"]
+    assert [cell.settings[name] for name in td3.LAMBDAS] == [2.0, 0.0, 2.0]
+    expected = {
+        "env_id": "Pendulum-v1",
+        "seed": 3,
+        "gamma": 0.98,
+        "buffer_size": 200_000,
+        "batch_size": 256,
+        "tau": 0.1,
+    }
+    assert expected.items() <= cell.settings.items() and cell.about["steps"] == 100_000
+    assert [paper["Pendulum-v1__td3__untuned__1"].settings[name] for name in td3.LAMBDAS] == [0.1, 0.1, 0.01]
+    command = shlex.split(paper["Pendulum-v1__td3__caps__1"].about["command"])
+    assert command[:4] == ["python", "-m", "benchmarks.caps", "td3_pave_continuous"]
     assert command[-2:] == ["--output-dir", "runs/sweep/Pendulum-v1__td3__caps__1"]
-    args = script_args(cells(preset="paper-sac", envs=("Hopper-v5",))["Hopper-v5__sac__base__1"])
-    assert (args.autotune, args.alpha, args.batch_size, args.policy_lr, args.gamma) == (False, 0.2, 100, 1e-3, 0.99)
+    hopper = cells(preset="paper-sac", envs=("Hopper-v5",))["Hopper-v5__sac__base__1"].settings
+    expected = {"autotune": False, "alpha": 0.2, "batch_size": 100, "policy_lr": 1e-3, "gamma": 0.99}
+    assert expected.items() <= hopper.items()
 
     file = tmp_path / "grid.toml"
     file.write_text('[[grid]]\npreset = "paper-td3"\nseeds = [7]\n[[grid]]\nenvs = ["Hopper-v5"]\nscripts = ["sac"]\n')
     both = cells(grid=file, methods=("pave",), seeds=(1,), flags="--no-compile")
     assert list(both) == ["Pendulum-v1__td3__pave__7", "Hopper-v5__sac__pave__1"]
-    assert all("--no-compile" in cell.command for cell in both.values())
+    assert all("--no-compile" in cell.words for cell in both.values())
     assert list(cells(grid=file, only="Hopper.*__5$", methods=("pave",))) == ["Hopper-v5__sac__pave__5"]
+    file.write_text('[[grid]]\nseeds = [1]\n[[grid]]\nseeds = [1]\nname = "own"\nflags = "--tau 0.1"\n')
+    named = cells(grid=file, scripts=("td3",), methods=("base",))  # side by side, with different settings
+    assert list(named) == ["Pendulum-v1__td3__base__1", "Pendulum-v1__td3__base__1__own"]
 
 
 def test_every_reported_run_is_one_of_results_toml():
-    """With the same flags: who trains that grid gets these runs."""
-    planned = cells(grid=ROOT / "benchmarks/results.toml").values()
-    grid = {cell.about["command"].partition(" --output-dir")[0] for cell in planned}
+    """With the same settings: who trains that grid gets these runs."""
+    grid = [
+        cell.settings | {"steps": cell.about["steps"]} for cell in cells(grid=ROOT / "benchmarks/results.toml").values()
+    ]
     with open(ROOT / "benchmarks/results/report/runs.csv", newline="") as file:
-        reported = {row["command"].partition(" --output-dir")[0] for row in csv.DictReader(file)}
-    assert reported and reported <= grid
+        for row in csv.DictReader(file):
+            flags = shlex.split(row["command"].partition("_pave_continuous")[2].removeprefix(".py"))
+            settings = sweep.settings_given(row["algorithm"], row["method"], flags)
+            assert settings | {"steps": int(row["steps"])} in grid, row["command"]
 
 
 @pytest.mark.parametrize(
@@ -191,113 +169,201 @@ def test_bad_grids_are_refused_in_one_line(changes, message, tmp_path):
     if "grid" in changes:
         (tmp_path / "grid.toml").write_text(changes["grid"])
         changes = {"grid": tmp_path / "grid.toml"}
-    with pytest.raises(Exception, match=message) as error:
+    with pytest.raises(USER_ERRORS, match=message) as error:
         cells(**changes)
-    assert type(error.value).__name__ == "UserError"
     assert "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------- cells on the disk
 
 
-def test_what_is_left_to_do_for_a_cell(tmp_path, capsys):
-    script = importlib.import_module("td3_pave_continuous")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep's folder with one cell, trained and evaluated by the sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep.main(arguments(folder))
+    return folder
 
-    def cell(method="base", steps=60, flags="", **changes):
-        options = {"scripts": ("td3",), "methods": (method,), "seeds": (1,), "output_dir": tmp_path} | changes
-        return sweep.make_cells(sweep.Args(steps=steps, flags=f"{SMALL} {flags}", **options))[0]
 
-    base = cell()
-    assert sweep.inspect(base).kind == "new"
-    run_dir = script.train(replace(script_args(base), output_dir=str(base.folder)))
-    assert sweep.inspect(base).kind == "finished"
+def arguments(folder, method="base", steps=210, flags="", **changes):
+    small = {"scripts": ("td3",), "methods": (method,), "seeds": (1,), "output_dir": folder, "episodes": 1, "jobs": 2}
+    return sweep.Args(**small | {"steps": steps, "flags": f"{SMALL} {flags}"} | changes)
+
+
+def look(folder, **changes) -> sweep.State:
+    return sweep.inspect(sweep.make_cells(arguments(folder, **changes))[0])
+
+
+def test_what_is_left_to_do_for_a_cell(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "sweep")
+    (run,) = folder.glob("*/*/")
+    cell, old = run.parent, json.loads((run / "summary.json").read_text())
+    assert look(tmp_path / "nowhere").kind == "new"
+    assert look(folder) == ("finished", run, 210, "")
     # nothing of PAVE runs in it, and how often it was saved, or where, is no matter
-    assert sweep.inspect(cell(flags="--pave-batch-size 4 --checkpoint-interval 7 --no-cuda")).kind == "finished"
-    other = sweep.inspect(cell(flags="--gamma 0.5"))
+    assert look(folder, flags="--pave-batch-size 4 --checkpoint-interval 7 --no-cuda").kind == "finished"
+    other = look(folder, flags="--gamma 0.5")
     assert (other.kind, "gamma 0.99 instead of 0.5" in other.problem) == ("problem", True)
-    longer = sweep.inspect(cell(steps=100))
-    assert (longer.kind, longer.step, longer.checkpoint) == ("resume", 60, run_dir / "checkpoint.pt")
-    assert "for 60 steps" in sweep.inspect(cell(steps=50)).problem
+    assert "for 210 steps" in look(folder, steps=50).problem
+    assert look(folder, steps=300) == ("resume", run, 210, "")
+    (run / "caps.json").write_text(json.dumps(CAPS))
+    assert "method caps instead of base" in look(folder).problem
+    (run / "caps.json").unlink()
+    (run / "summary.json").write_text(json.dumps(old | {"a_flag_since_removed": 3}))
+    assert look(folder).kind == "finished"
 
-    sweep.main(sweep.Args(("td3",), methods=("base",), seeds=(1,), steps=60, flags=SMALL, output_dir=tmp_path))
-    assert "skipped  Pendulum-v1__td3__base__1" in capsys.readouterr().out
-    adopted = json.loads((base.folder / "cell.json").read_text())
-    assert adopted["wall_seconds"] is None and adopted["steps_per_second"] > 0
+    (run / "summary.json").unlink()
+    assert look(folder).kind == "new"  # stopped in its last step, before the summary
+    assert look(folder, steps=300).kind == "resume"
+    (run / "checkpoint.pt").write_text("half")
+    assert look(folder, steps=300).kind == "new"
+    (run / "summary.json").write_text(json.dumps(old))
+    (run / "checkpoint.pt").unlink()
+    assert look(folder) == ("finished", run, 210, "")  # it is the summary that says so
+    assert "gamma" in look(folder, flags="--gamma 0.5").problem
+    assert look(folder, steps=300).kind == "new"
+    newer = shutil.copytree(run, cell / f"{run.name}9")
+    (newer / "summary.json").unlink()
+    assert look(folder) == ("finished", run, 210, "")  # the newest that is finished
 
-    (run_dir / "summary.json").unlink()
-    assert "last step" in sweep.inspect(base).problem
-    (run_dir / "caps.json").write_text(json.dumps(CAPS))
-    assert "caps_temporal 1.0 instead of None" in sweep.inspect(base).problem
-    (run_dir / "checkpoint.pt").write_text("cut")
-    assert sweep.inspect(base).kind == "problem"
-    (run_dir / "checkpoint.pt").unlink()
-    assert sweep.inspect(base).kind == "new"
+
+def test_a_sweep_removes_nothing(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "sweep")
+    (run,) = folder.glob("*/*/")
+    (run / "checkpoint.pt").unlink()  # it holds the replay buffer, so people do
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    sweep.main(arguments(folder))
+    assert "skipped Pendulum-v1__td3__base__1  already finished\n" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    sweep.main(arguments(folder, episodes=2))
+    assert "not evaluated: there is no checkpoint.pt" in capsys.readouterr().out
+    (run / "summary.json").unlink()  # as of a run that diverged before its first checkpoint
+    sweep.main(arguments(folder))
+    assert "done Pendulum-v1__td3__base__1  210 steps" in capsys.readouterr().out
+    kept = {path for path in before if path.name not in ("summary.json", "log.txt", "cell.json")}
+    assert all(path.read_bytes() == before[path] for path in kept)
+    assert len(list(folder.glob("*/*/evaluation.json"))) == 2
+
+
+def test_a_cell_that_another_sweep_trains_is_not_looked_at(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "sweep")
+    monkeypatch.setattr(sweep, "inspect", None)
+    (log,) = folder.glob("*/log.txt")
+    with open(log, "a") as held, pytest.raises(SystemExit, match="1"):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        sweep.main(arguments(folder))
+    assert "another process is training it" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- sweeps, as a user
 
 
+def test_a_sweep_evaluates_what_it_trains(finished):
+    (run,) = finished.glob("*/*/")
+    assert load_run(run).method == "base"
+    assert evaluate.about(210, 1).items() <= json.loads((run / "evaluation.json").read_text()).items()
+    about = json.loads((run.parent / "cell.json").read_text())
+    assert (about["algorithm"], about["method"], about["env_id"], about["seed"]) == ("td3", "base", "Pendulum-v1", 1)
+    assert (about["steps"], about["resumed_from"], about["torch"]) == (210, 0, importlib.metadata.version("torch"))
+    assert about["wall_seconds"] > 0 and "cores" in about["machine"] and "--seed 1" in about["command"]
+    assert not list(finished.glob(".stop*"))
+
+
+def test_one_failure_does_not_stop_the_rest(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "sweep")
+    inspect = sweep.inspect
+
+    def fail(cell):
+        if cell.about["seed"] == 2:
+            raise KeyError("whatever it is")
+        return inspect(cell)
+
+    monkeypatch.setattr(sweep, "inspect", fail)
+    with pytest.raises(SystemExit, match="1"):
+        sweep.main(arguments(folder, envs=("NoSuch-v0", "Pendulum-v1"), seeds=(1, 2), jobs=1))
+    out = capsys.readouterr().out
+    (failed,) = [line for line in out.splitlines() if "NoSuch-v0__td3__base__1  exit code" in line]
+    assert "failed" in failed and "cannot make --env-id" in failed and "log.txt" in failed
+    assert "failed Pendulum-v1__td3__base__2  KeyError('whatever it is')" in out
+    assert "skipped Pendulum-v1__td3__base__1" in out
+    assert out.splitlines()[-1].startswith("1 of 4 runs are finished; these failed: ")
+
+
+def test_several_gpus_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    lines = run_python(sweep.start_local, tmp_path, arguments(tmp_path, seeds=(1, 2), jobs=None))
+    assert sorted(lines) == ["3 1 True", "5 1 True"]
+
+
+def run_python(start, folder, args) -> list[str]:
+    """GPU, threads and "a session of its own" of each cell's process, told by Python in place of a training."""
+    code = """import os, time; time.sleep(1)  # so that the other one starts beside it
+print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], os.getsid(0) == os.getpid())"""
+    told = [cell._replace(words=["-c", code]) for cell in sweep.make_cells(args)]
+    for future in start(args, told, folder / ".stop"):
+        assert future.exception()  # it leaves no run to evaluate
+    return [log.read_text().splitlines()[-1] for log in folder.glob("*/log.txt")]
+
+
 def command(folder, *flags):
-    small = ["--flags", SMALL, "--output-dir", str(folder), "--scripts", "td3", "--seeds", "1"]
-    return [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), *small, *flags]
+    small = [f"--flags={SMALL} --learning-starts 9000000 --eval-interval 400", "--output-dir", str(folder)]
+    grid = ["--scripts", "td3", "--seeds", "1", "--methods", "base", "pave", "--jobs", "2", "--steps", "9000000"]
+    return [sys.executable, "-m", "benchmarks.sweep", *grid, *small, *flags]
 
 
-def check_a_sweep_with_a_failure(folder, *flags):
-    """One cell is trained, and one fails."""
-    grid = ["--envs", "NoSuch-v0", "Pendulum-v1", "--methods", "caps", "--steps", "60", *flags]
-    result = subprocess.run(command(folder, *grid), capture_output=True, text=True)
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    (failed,) = [line for line in result.stdout.splitlines() if line.startswith("failed ")]
-    assert "NoSuch-v0__td3__caps__1" in failed and "cannot make --env-id" in failed and "log.txt" in failed
-    assert result.stdout.splitlines()[-1] == "1 of 2 runs are finished; these failed: NoSuch-v0__td3__caps__1"
-    cell = folder / "Pendulum-v1__td3__caps__1"
-    about = json.loads((cell / "cell.json").read_text())
-    assert (about["algorithm"], about["method"], about["env_id"], about["seed"]) == ("td3", "caps", "Pendulum-v1", 1)
-    assert (about["steps"], about["resumed_from"], about["torch"]) == (60, 0, importlib.metadata.version("torch"))
-    assert about["wall_seconds"] > 0 and about["steps_per_second"] > 0 and "cores" in about["machine"]
-    (caps_json,) = cell.glob("*/caps.json")
-    assert load_run(caps_json.parent).step == 60
-    assert not list(folder.glob(".running*"))
+def check_that_it_stops_and_goes_on(folder, *flags):
+    """The signal reaches the sweep alone, and through it the trainings."""
+    logs = [folder / f"Pendulum-v1__td3__{method}__1/log.txt" for method in ("base", "pave")]
+    seen = [0, 0]
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            command(folder, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while not all(
+            log.is_file() and log.read_text().count("steps/s") > n for log, n in zip(logs, seen, strict=True)
+        ):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signum)
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert out.startswith("stopping") and out.endswith(
+            "0 of 2 runs are finished\nstopped; the same command goes on\n"
+        )
+        assert "Traceback" not in errors
+        seen = [log.read_text().count("steps/s") for log in logs]
+    for log in logs:
+        assert log.read_text().count("stopped at step") == 2 and log.read_text().count("--resume") == 3
+        assert len(list(log.parent.glob("*/checkpoint.pt"))) == 1  # the second training went on with the first
 
 
-def test_one_failure_does_not_stop_the_rest(tmp_path):
-    check_a_sweep_with_a_failure(tmp_path, "--jobs", "2")
+def test_stopped_it_saves_and_goes_on(tmp_path):
+    check_that_it_stops_and_goes_on(tmp_path)
 
 
-def test_stopped_by_sigterm_it_saves_and_goes_on(tmp_path, capsys):
-    """The signal reaches the sweep alone, and through its workers the trainings."""
-    settings = f"{SMALL} --learning-starts 9000000 --eval-interval 400"
-    words = command(tmp_path, "--jobs", "2", "--steps", "9000000", "--flags", settings)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    cells = [tmp_path / f"Pendulum-v1__td3__{method}__1" for method in ("base", "pave")]
-    while not all((cell / "log.txt").is_file() and "steps/s" in (cell / "log.txt").read_text() for cell in cells):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert out == "stopped, 0 of 2 runs are finished; the same command goes on\n"
-    assert "Traceback" not in errors
-    runs = [load_run(next(cell.glob("*/checkpoint.pt")).parent) for cell in cells]
-    assert all("stopped at step" in (cell / "log.txt").read_text() for cell in cells)
-
-    cell, run = cells[0], runs[0]
-    more = {"methods": ("base",), "seeds": (1,), "steps": run.step + 20, "flags": settings, "output_dir": tmp_path}
-    sweep.main(sweep.Args(("td3",), jobs=1, **more))
-    assert "done     Pendulum-v1__td3__base__1  20 steps" in capsys.readouterr().out
-    assert load_run(run.path).step == run.step + 20
-    about = json.loads((cell / "cell.json").read_text())
-    assert (about["resumed_from"], about["wall_seconds"]) == (run.step, None)
-
-
-def test_the_same_on_a_ray_cluster_of_two_nodes(tmp_path):
+@pytest.fixture
+def two_nodes():
+    """The address of a Ray cluster on this machine: a node without a GPU, and one that says that it has one."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=1)
-        check_a_sweep_with_a_failure(tmp_path, "--backend", "ray", "--address", cluster.address)
-    finally:
-        cluster.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=2, num_gpus=1)
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_on_a_ray_cluster(tmp_path, two_nodes):
+    half = arguments(tmp_path, seeds=(1, 2), address=two_nodes, gpus_per_run=0.5, cpus_per_run=2)
+    assert run_python(sweep.start_ray, tmp_path, half) == ["0 2 True"] * 2
+    check_that_it_stops_and_goes_on(tmp_path / "stopped", "--address", two_nodes)
+
+
+def test_without_ray_or_its_cluster_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(USER_ERRORS, match="pip install ray") as error:
+        sweep.main(arguments(tmp_path, address="auto"))
+    assert "\n" not in str(error.value)
