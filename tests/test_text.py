@@ -254,7 +254,8 @@ def test_the_table_is_what_the_report_has():
         others = "".join(f" ({method} {n})" for method, n in seeds.items() if n != seeds.max())
         assert row["seeds"] == f"{seeds.max()}{others}", name
         for title in ("base", "untuned", "PAVE", "auto", "CAPS"):
-            of_method = found[found.method == title.lower()]
+            own = ["own"] if title == "PAVE" else []  # lambdas of ours
+            of_method = found[found.method.isin([title.lower(), *own])]
             if of_method.empty:
                 assert row[title] == "\u2013", (name, title)
                 continue
