@@ -1,81 +1,90 @@
-"""What must stay true of the text: shared code is the same letter for letter, and the README's words hold."""
+"""What must stay true of the text: shared code is the same letter for letter, and what the READMEs say holds."""
 
 import ast
-import csv
+import functools
+import inspect
+import itertools
 import re
+import runpy
 import shlex
 import sys
-import tomllib
 
+import pandas as pd
 import pytest
+import torch
 import tyro
 from conftest import ROOT, SCRIPTS
+from torch.nn import functional as F
 
-from benchmarks.report import iqm, number
-
-# Where SAC and TD3 differ; everything else that the two scripts define must be the same text.
+# Where SAC and TD3 differ; everything else in the two scripts must be the same text.
 DIFFERENT = {
-    "Args.policy_lr", "Args.q_lr", "Args.policy_frequency", "Args.autotune", "Args.alpha", "Args.exploration_noise",
-    "Args.policy_noise", "Args.noise_clip", "TUNED_LAMBDAS", "validate", "Actor.__doc__", "Actor.__init__",
-    "Actor.forward", "Actor.sample", "Agent.__doc__", "Agent.__init__", "Agent.explore", "Agent.td_target",
-    "Agent.actor_loss", "Agent.alpha_loss", "Agent.update_critics", "Agent.update_actor", "Agent.update",
+    "Args.tau", "Args.policy_lr", "Args.q_lr", "Args.policy_frequency", "Args.autotune", "Args.alpha",
+    "Args.exploration_noise", "Args.policy_noise", "Args.noise_clip", "TUNED_LAMBDAS", "validate", "Actor.__doc__",
+    "Actor.__init__", "Actor.forward", "Actor.sample", "Agent.__doc__", "Agent.__init__", "Agent.explore",
+    "Agent.update", "Agent.td_target", "Agent.critic_loss", "Agent.actor_loss",
 }  # fmt: skip
+SET_UP = (
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+    ".venv/bin/python sac_pave_continuous.py --env-id HalfCheetah-v5",
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -r tests/requirements.txt && "
+    ".venv/bin/python -m pytest",
+)
+RESULTS = ROOT / "benchmarks/results"
+README = (ROOT / "README.md").read_text()
+TEXTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("benchmarks/*.md")), RESULTS / "README.md")
+}
+RUNNABLE = ("README.md", "benchmarks/README.md")  # whose commands are of today; those of NOTES.md are of their day
+SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"(?m)^## ", README)[1:]}
+
+
+# ------------------------------------------------------------------------------------------------- the two scripts
 
 
 def pieces(name):
-    """Every definition of a script as {name: source}, classes by member; a string below a field goes with the field."""
+    """A whole script but for its docstring, as {definition: source}; a comment goes with what follows it."""
     source = (ROOT / f"{name}.py").read_text()
-    found, last = {}, ""
+    lines, (docstring, *body) = source.splitlines(), ast.parse(source).body
+    found, end = {}, docstring.end_lineno
 
-    def text(node):
-        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+    def take(name, last_line):
+        nonlocal end
+        found[name] = found.get(name, "") + "\n".join(lines[end:last_line])
+        end = last_line
 
-    def add(node, prefix=""):
-        nonlocal last
-        if isinstance(node, ast.FunctionDef):
-            last = prefix + node.name
-        elif isinstance(node, ast.ClassDef):
-            found[node.name] = "".join(map(ast.unparse, node.decorator_list + node.bases))
-            last = f"{node.name}.__doc__"
-            for member in node.body:
-                add(member, f"{node.name}.")
-            return
-        elif isinstance(node, (ast.AnnAssign, ast.Assign)):
-            last = prefix + ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-        elif not isinstance(node, ast.Expr):
-            last = f"{prefix}{ast.unparse(node).partition(chr(10))[0]}"
-        found[last] = found.get(last, "") + text(node)
+    def walk(body, prefix=""):
+        name = "__doc__"
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                take(node.name, node.body[0].lineno - 1)
+                walk(node.body, f"{node.name}.")
+                continue
+            if isinstance(node, ast.FunctionDef):
+                name = node.name
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            elif not isinstance(node, ast.Expr):  # a string below a field goes with the field
+                name = ast.unparse(node).partition("\n")[0]
+            take(prefix + name, node.end_lineno)
 
-    body = ast.parse(source).body
-    assert isinstance(body[0], ast.Expr)  # the module's docstring names its algorithm
-    for node in body[1:]:
-        add(node)
+    walk(body)
+    assert end == len(lines)
     return found
 
 
 def test_what_the_scripts_share_is_the_same_text():
     sac, td3 = map(pieces, SCRIPTS)
-    different = {name for name in sac.keys() | td3.keys() if sac.get(name) != td3.get(name)}
-    assert different == DIFFERENT
-    assert {"pave_losses", "train", "ReplayBuffer.add", "Agent.critic_loss", "restore", "import copy"} <= sac.keys()
-
-
-def test_the_scripts_differ_in_no_other_line():
-    def skeleton(name):
-        """Comments and layout: all lines that are outside the differing definitions."""
-        text = (ROOT / f"{name}.py").read_text()
-        comments = re.findall(r"^# .*$", text, flags=re.M)
-        return [line for line in comments if "paper's tuned" not in line]
-
-    sac, td3 = map(skeleton, SCRIPTS)
-    assert sac == td3
+    assert {name for name in sac.keys() | td3.keys() if sac.get(name) != td3.get(name)} == DIFFERENT
+    assert [name for name in sac if name in td3] == [name for name in td3 if name in sac]
+    assert {"pave_losses", "train", "ReplayBuffer.add", "Agent.backward", "restore", "import copy"} <= sac.keys()
+    sac, td3 = (ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) for name in SCRIPTS)
+    assert sac.replace("SAC", "TD3").replace("sac_", "td3_").replace("1/2 TD", "TD") == td3
 
 
 def test_only_core_packages_are_imported(script):
-    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
     imported = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse((ROOT / f"{script.__name__}.py").read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,99 +92,232 @@ def test_only_core_packages_are_imported(script):
     assert imported - sys.stdlib_module_names == {"gymnasium", "numpy", "torch", "tqdm", "tyro"}
 
 
-def test_inline_script_metadata_equals_requirements(script):
-    text = (ROOT / f"{script.__name__}.py").read_text()
-    block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+)^# ///$", text)
-    metadata = tomllib.loads("".join(line[2:] + "\n" for line in block[1].splitlines()))
-    assert text.startswith("# /// script")
-    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
-    assert metadata["requires-python"] == ">=3.11"
+# --------------------------------------------------------------------------------------------------------- commands
 
 
-def readme_commands():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+def commands(text):
+    """What of ours a text's commands run, in blocks and in line: a file or a module, and its arguments."""
+    lines = [*re.findall(r"```bash\n(.*?)```", text, flags=re.S), *re.findall(r"`([^`]*python [^`]*)`", text)]
+    for line in "\n".join(lines).replace("\\\n", "").splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        for _, command in itertools.groupby(words, {"&&", "|", ";"}.__contains__):
+            command = list(command)
+            for i, word in enumerate(command):
+                if word.endswith(".py") or (command[i - 1 : i] == ["-m"] and word.startswith("benchmarks.")):
+                    yield word, command[i + 1 :]
+                    break
 
 
-def test_readme_commands_are_ones_that_the_scripts_take(script):
-    commands = [command for command in readme_commands() if f"{script.__name__}.py" in command]
-    assert commands
-    for command in commands:
-        flags = shlex.split(command.split(f"{script.__name__}.py", 1)[1], comments=True)
-        if "--help" not in flags:
-            tyro.cli(script.Args, args=flags)
+class Parsed(Exception):
+    """Raised where a program has read its command line."""
 
 
-def test_ci_installs_and_tests_exactly_as_the_readme_says():
-    (command,) = [command for command in readme_commands() if "pytest" in command]
-    assert command in (ROOT / ".ci" / "run").read_text()
+@pytest.fixture
+def parse(monkeypatch):
+    """A function that runs a program until its command line is read; SystemExit where it doesn't take it."""
+
+    def stop(function):
+        @functools.wraps(function)
+        def stopped(*args, **kwargs):
+            raise Parsed
+
+        return stopped
+
+    def cli(settings, **options):
+        real_cli(settings if isinstance(settings, type) else stop(settings), **options)
+        raise Parsed
+
+    def subcommand_cli(functions, **options):
+        return real_subcommand_cli({name: stop(function) for name, function in functions.items()}, **options)
+
+    def parse(name, arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        if name.endswith(".py"):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+    real_cli, real_subcommand_cli = tyro.cli, tyro.extras.subcommand_cli_from_dict
+    monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", subcommand_cli)
+    monkeypatch.chdir(ROOT)
+    return parse
 
 
-def test_every_flag_is_explained_in_the_readme(script):
-    readme = (ROOT / "README.md").read_text()
-    missing = [name for name in script.Args.__dataclass_fields__ if f"--{name.replace('_', '-')}" not in readme]
-    assert not missing
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_command_is_one_that_the_programs_take(name, parse):
+    ours = list(commands(TEXTS[name]))
+    assert len(ours) > 5
+    for file, arguments in ours:
+        help_only = "--help" in arguments
+        try:
+            with pytest.raises(SystemExit if help_only else Parsed):
+                parse(file, arguments)
+        except SystemExit:
+            pytest.fail(f"{file} does not take {arguments}")
 
 
-def test_the_formula_map_of_the_readme_points_at_real_functions(script):
-    for name in ("pave_losses", "action_gradient", "hutchinson_trace", "rademacher_like", "smoothness"):
-        assert callable(getattr(script, name))
-        assert f"`{name}" in (ROOT / "README.md").read_text()
+def test_the_set_up_commands_stay_as_they_are():
+    assert all(f"\n{command}\n" in README for command in SET_UP)
+    assert SET_UP[1] in (ROOT / ".ci/run").read_text()
 
 
-def patched(text, diff):
-    """The text with each hunk's old lines (" ", "-") replaced by its new ones (" ", "+")."""
-    for hunk in diff.strip("\n").split("\n\n"):
-        old, new = ("\n".join(line[1:] for line in hunk.splitlines() if line[0] in signs) for signs in (" -", " +"))
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_every_flag_named_exists(parse, capsys):
+    """Flags in code spans that begin with one; what commands pass is tested above."""
+    programs = [[f"{name}.py"] for name in SCRIPTS]
+    programs += [[f"benchmarks.{name}"] for name in ("caps", "evaluate", "report", "sweep", "throughput", "video")]
+    programs += [["benchmarks.plot", kind] for kind in ("actions", "curves", "field", "noise", "tradeoff")]
+    for file, *kind in programs:
+        with pytest.raises(SystemExit):
+            parse(file, [*kind, "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    for name in RUNNABLE:
+        named = {flag for span in re.findall(r"`(--[^`]+)`", TEXTS[name]) for flag in re.findall(r"--[a-z-]+", span)}
+        assert named and named <= known, name
 
 
-@pytest.mark.parametrize("autotune_curv", [False, True])
-def test_the_worked_example_of_the_readme_runs(script, autotune_curv):
-    readme = (ROOT / "README.md").read_text()
-    (example,), (diff,) = (re.findall(rf"```{kind}\n(.*?)```", readme, flags=re.S) for kind in ("python", "diff"))
-    assert "PAVE" in example
-    block = (ROOT / f"{script.__name__}.py").read_text().split("PAVE: paste from here to the next dashed line\n")[1]
-    pasted = example.replace("# <the PAVE block>", block.split("\n# -----")[0])
-    assert pasted != example
-    pasted = patched(pasted, diff) if autotune_curv else pasted
-    namespace = {}
-    exec(compile(re.sub(r"TOTAL_TIMESTEPS = [\d_]+", "TOTAL_TIMESTEPS = 300", pasted), "README.md", "exec"), namespace)
-    assert all(p.isfinite().all() for p in namespace["critics"].parameters())
-    if autotune_curv:
-        assert namespace["g"] > 0 and namespace["log_lambda"].exp() != pytest.approx(0.01, rel=1e-3)
+# ------------------------------------------------------------------------------------------------------ README's code
 
 
-@pytest.mark.parametrize("name", ["README.md", "LICENSE", "pyproject.toml", ".ci/run", "requirements.txt"])
+def test_the_formula_map_points_at_real_functions(script):
+    section = SECTIONS["The idea, and where it is in the code"]
+    named = [name for row in section.splitlines() if row.startswith("|") for name in re.findall(r"`([^`]+)`", row)]
+    assert len(named) > 8
+    for name in named:
+        function, _, parameters = name.rstrip(")").partition("(")
+        if function in script.PaveLosses._fields:
+            continue
+        found = functools.reduce(getattr, function.split("."), script)
+        if parameters not in ("", "..."):
+            signature = [str(p) for p in inspect.signature(found).parameters.values()]
+            assert parameters.replace(" ", "").split(",") == signature
+
+
+def code(title):
+    (block,) = re.findall(r"```python\n(.*?)```", SECTIONS[title], flags=re.S)
+    return block
+
+
+def test_the_four_edits_give_the_scripts_losses(script):
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    block = source.split("PAVE: paste from here to the next dashed line\n")[1].split("\n# -----")[0]
+    assert "PAVE: paste from here" in code("Paste it into your agent")
+    names = {"F": F, "q": script.QNetwork(3, 2), "target": torch.randn(8)}
+    names |= {"s": torch.randn(8, 3), "a": torch.rand(8, 2), "next_s": torch.randn(8, 3)}
+    exec("import torch\n" + block, names)
+    exec(code("Paste it into your agent"), names | dict.fromkeys(script.LAMBDAS, 0.0), plain := {})
+    exec(code("Paste it into your agent"), names | dict(zip(script.LAMBDAS, (1.0, 2.0, 3.0), strict=True)), ours := {})
+    assert torch.equal(plain["loss"], F.mse_loss(names["q"](names["s"], names["a"]), names["target"]))
+    pave = script.pave_losses(*(names[name] for name in ("q", "s", "a", "next_s")), ours["noise"], ours["probe"], 1.0)
+    assert torch.allclose(ours["loss"] - plain["loss"], pave.mpr + 2 * pave.vfc + 3 * pave.curvature, atol=1e-5)
+
+
+def test_the_robots_code_runs(script, tmp_path, monkeypatch):
+    env, cpu = script.make_env("Pendulum-v1"), torch.device("cpu")
+    agent = script.Agent(3, 1, script.validate(script.Args(env_id="Pendulum-v1", compile=False)), cpu)
+    agent.actor.net[-1].bias.data += 0.5
+    script.save_checkpoint(tmp_path, 1, agent, script.ReplayBuffer(1000, 3, 1, cpu), env)
+    monkeypatch.chdir(tmp_path)
+    observation, _ = env.reset(seed=1)
+    exec(code("On your own robot"), names := {"torch": torch, "Actor": script.Actor, "observation": observation})
+    expected = env.action(agent.actor(torch.as_tensor(observation)).detach().numpy())
+    assert names["command"] == pytest.approx(expected) and expected > 0.2
+
+
+# -------------------------------------------------------------------------------------------------- README's one table
+
+
+def test_the_table_is_what_the_report_has():
+    """Medians over the seeds of runs.csv, to a rounding; a row may be missing there only if its seeds say TODO."""
+    runs = pd.read_csv(RESULTS / "report/runs.csv").dropna(subset="return_mean")
+    runs["name"] = runs.env_id.str.split(":").str[-1] + ", " + runs.algorithm.str.upper()
+    paper = pd.read_csv(ROOT / "benchmarks/paper/paper_tables.csv").set_index(["algo", "env", "method"]).sm_mean
+    table = SECTIONS["Does it work?"].replace("\u2212", "-")
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"
+    ]
+    checked = 0
+    for cells in rows:
+        row = dict(zip(head, cells, strict=True))
+        name = re.match(r"\[(.*?)\]", row["env, agent"])[1]
+        found = runs[(runs.name == name) & (runs.steps.astype(str) == row["steps"].replace(",", ""))]
+        if found.empty:
+            assert "TODO" in row["seeds"], name
+            continue
+        seeds = found.groupby("method").size()
+        others = "".join(f" ({method} {n})" for method, n in seeds.items() if n != seeds.max())
+        assert row["seeds"] == f"{seeds.max()}{others}", name
+        for title in ("base", "untuned", "PAVE", "auto", "CAPS"):
+            own = ["own"] if title == "PAVE" else []  # lambdas of ours
+            of_method = found[found.method.isin([title.lower(), *own])]
+            if of_method.empty:
+                assert row[title] == "\u2013", (name, title)
+                continue
+            sm, value = of_method.smoothness_mean.median(), of_method.return_mean.median()
+            digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+            assert row[title].partition(" (")[0] == f"{sm:.3f} / {value:,.{digits}f}", (name, title)
+            checked += 1
+        if (share := row["base's actions at a limit"]) != "TODO":
+            assert share == f"{found[found.method == 'base'].saturation.median():.2f}", name
+        env, algorithm = re.fullmatch(r"(.*?)(?:Continuous)?-v\d, (.*)", name).groups()
+        numbers = [f"{sm:.3f}" for m in ("base", "pave") if (sm := paper.get((algorithm.lower(), env, m)))]
+        assert row["paper's sm: base \u2192 PAVE"] == (" \u2192 ".join(numbers) or "\u2013"), name
+    assert checked > 20
+
+
+def test_the_tables_of_the_evidence_are_the_reports():
+    """Each row of a method, letter for letter but for the padding; not those that say TODO."""
+
+    def rows(text):
+        lines = re.findall(r"(?m)^\| (?:SAC|TD3) \w+ .*\|$", text)
+        return {re.sub(" +", " ", line) for line in lines if "TODO" not in line}
+
+    evidence = rows(TEXTS["benchmarks/results/README.md"])
+    assert len(evidence) > 20
+    assert evidence <= rows((RESULTS / "report/report.md").read_text())
+
+
+# ------------------------------------------------------------------------------------------------- links and lengths
+
+
+def slug(heading):
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", heading).lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_relative_links_and_pictures_exist(name):
+    file = ROOT / name
+    targets = re.findall(r"\]\((?!https?:)([^)]*)\)", TEXTS[name])
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path).resolve() if path else file
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", linked.read_text())
+            assert anchor in map(slug, headings), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_lines_are_short(name):
+    """120 columns, tables, targets of links and the two set-up commands apart."""
+    for number, line in enumerate(TEXTS[name].splitlines(), 1):
+        if not line.startswith("|") and line not in SET_UP:
+            assert len(re.sub(r"\]\([^)]*\)", "]", line)) <= 120, (number, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("README.md", 180), ("benchmarks/README.md", 120), *((f"{script}.py", 600) for script in SCRIPTS)],
+)
+def test_files_are_short(name, most):
+    assert len((ROOT / name).read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "pyproject.toml", ".ci/run", "requirements.txt"])
 def test_the_files_that_a_repository_needs(name):
     assert (ROOT / name).stat().st_size > 0
-
-
-def test_results_in_the_readme_are_those_of_the_reports():
-    """Each report's first table, "In short", is there, line by line."""
-    reports = list((ROOT / "benchmarks/results").glob("*/report.md"))
-    assert reports
-    for report in reports:
-        tables = re.findall(r"### In short\n\n((?:\|.*\n)+)", report.read_text())
-        assert len(tables) == report.read_text().count("### In short") > 0
-        for table in tables:
-            assert table in (ROOT / "README.md").read_text(), report
-
-
-def test_what_autotune_curv_gives_is_what_the_report_has():
-    """The README's table over the envs: IQMs of return and sm."""
-    with open(ROOT / "benchmarks/results/report/runs.csv", newline="") as file:
-        reported = [row for row in csv.DictReader(file) if not row["method"].startswith("ablation-")]
-    section = (ROOT / "README.md").read_text().split("**What it gives.**")[1].split("\n\n")[1]
-    lines = section.replace("\u2212", "-").replace(" (ours)", "").splitlines()[2:]
-    assert len(lines) > 5
-    for line in lines:
-        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        env_id, algorithm = re.search(r"[\w-]+-v\d", title)[0], "td3" if "TD3" in title else "sac"
-        rows = [row for row in reported if (row["env_id"], row["algorithm"]) == (env_id, algorithm)]
-        for method, cell in zip(("base", "untuned", "pave", "auto"), cells[:4], strict=True):
-            runs = [row for row in rows if row["method"] == method]
-            values = ([float(run[name]) for run in runs] for name in ("return_mean", "smoothness_mean"))
-            assert cell == (", ".join(number(iqm(column)) for column in values) if runs else "\u2013"), (line, method)
