@@ -387,7 +387,7 @@ class Agent(nn.Module):
 
 def smoothness(actions, fs=1.0):
     """sm of one episode (CAPS, Mysore et al. 2021), lower is smoother: the mean over action dimensions of
-    2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2; 0.0 if T is 1. actions: (T,) or (T, d_a) in the env's own units;
+    2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2; 0 if T is 1. actions: (T,) or (T, d_a) in the env's own units;
     fs: sampling rate, 1 for cycles per step."""
     steps = len(actions)
     spectrum = np.abs(np.fft.rfft(np.reshape(actions, (steps, -1)), axis=0))[: steps // 2]
