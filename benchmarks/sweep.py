@@ -221,6 +221,8 @@ def inspect_run(cell: Cell, run: Path) -> State:
             saved = script.load_checkpoint(str(checkpoint), args_class(algorithm, method))
         except common.USER_ERRORS:
             return State("new")
+        if "optimizers" not in saved:  # of an older version of the script
+            return State("new")
         trained, step = asdict(saved["args"]), saved["step"]
     trained = common.settings_of(script, trained, run)
     trained["method"] = common.method_of(script, trained)
