@@ -192,6 +192,11 @@ def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) ->
     return about(run.step, episodes, reference) | values | noise
 
 
+def read_evaluation(path: Path) -> dict:
+    """A run's evaluation.json; {} where there is none, or half of one."""
+    return read_json(path / "evaluation.json")
+
+
 def flat(evaluation: dict) -> dict[str, float]:
     """The evaluation as one row: robustness becomes the columns return_mean@0.01, smoothness_mean@0.01 and so on."""
     row = {key: value for key, value in evaluation.items() if key not in ("robustness", "noise_std")}
@@ -205,7 +210,7 @@ def main(args: Args) -> None:
     require(args.episodes > 0, f"--episodes is {args.episodes}; it must be at least 1")
     rows = []
     for run in [load_run(path, need_critic=False) for path in args.runs]:
-        evaluation = read_json(run.path / "evaluation.json")
+        evaluation = read_evaluation(run.path)
         if not about(run.step, args.episodes, args.noise_reference).items() <= evaluation.items():
             evaluation = evaluate_run(load_run(run.path), args.episodes, args.noise_reference)
             (run.path / "evaluation.json").write_text(json.dumps(evaluation, indent=2, allow_nan=False) + "\n")

@@ -295,7 +295,7 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
             (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
             outcome = "done", f"{steps - state.step:,} steps in {seconds:,.0f} s"
             state = inspect(cell)
-        if evaluate.about(steps, cell.episodes).items() <= read_json(state.run / "evaluation.json").items():
+        if evaluate.about(steps, cell.episodes).items() <= evaluate.read_evaluation(state.run).items():
             return outcome
         if not (state.run / "checkpoint.pt").is_file():
             return outcome[0], f"{outcome[1]}, but not evaluated: there is no checkpoint.pt"
