@@ -50,6 +50,14 @@ class Run:
     step: int  # env steps of training
 
 
+def read_json(path: Path) -> dict:
+    """{} where there is none, or half of one."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def method_of(script: ModuleType, args: dict) -> str:
     """base, pave, untuned, auto, caps, ablation-ijk (a 0 for each of the env's lambdas that is off) or own, of settings
     in which the lambdas are numbers. Where the script has no tuned lambdas for the env, what it takes is untuned.
@@ -65,8 +73,8 @@ def method_of(script: ModuleType, args: dict) -> str:
 
 def settings_of(script: ModuleType, saved: dict, run_dir: Path) -> dict:
     """All settings of a run, also of an older version of its script, from those that it saved."""
-    caps = run_dir / "caps.json"  # where CAPS once kept its weights; now they are among the saved settings
-    return vars(script.Args()) | saved | (json.loads(caps.read_text()) if caps.is_file() else {})
+    # caps.json is where CAPS once kept its weights; now they are among the saved settings
+    return vars(script.Args()) | saved | read_json(run_dir / "caps.json")
 
 
 def load_run(path: str | Path, need_critic: bool = True) -> Run:

@@ -48,7 +48,7 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.common import Episode, Run, UserError, load_run, require, rollout, user_errors
+from benchmarks.common import Episode, Run, UserError, load_run, read_json, require, rollout, user_errors
 from sac_pave_continuous import action_gradient
 
 VERSION = 2  # of what evaluation.json holds: raise it with every change to how a number is computed
@@ -194,10 +194,7 @@ def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) ->
 
 def read_evaluation(path: Path) -> dict:
     """A run's evaluation.json; {} where there is none, or half of one."""
-    try:
-        return json.loads((path / "evaluation.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+    return read_json(path / "evaluation.json")
 
 
 def flat(evaluation: dict) -> dict[str, float]:

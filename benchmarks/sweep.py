@@ -54,18 +54,8 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-from benchmarks import caps, evaluate
-from benchmarks.common import (
-    ROOT,
-    SCRIPTS,
-    USER_ERRORS,
-    UserError,
-    machine,
-    method_of,
-    require,
-    settings_of,
-    user_errors,
-)
+from benchmarks import caps, common, evaluate
+from benchmarks.common import ROOT, SCRIPTS, UserError, read_json, require
 
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
 ABLATION = tuple(f"ablation-{mask:03b}" for mask in range(8))
@@ -93,9 +83,7 @@ class Grid:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run of each method for each
     steps: int | None = None  # env steps a run; None: the paper's, or 1,000,000
     flags: str = ""  # flags for every run, in one string
-    name: str = (
-        ""  # ends the names of the cells: a second grid of the same envs and methods, with other flags, needs one
-    )
+    name: str = ""  # ends the cells' names, so that other flags for the same envs and methods can stand beside them
     episodes: int = 10  # of the evaluation of a finished run
 
 
@@ -168,7 +156,7 @@ def settings_given(algorithm: str, method: str, flags: list[str]) -> dict:
     free = FREE if any(getattr(args, name) for name in script.LAMBDAS) else FREE + PAVE_ONLY
     free += ("lambda_curv",) if args.autotune_curv else ()  # a summary has the one that it found
     settings = {name: value for name, value in asdict(args).items() if not name.startswith(free)}
-    return settings | {"method": method_of(script, vars(args))}
+    return settings | {"method": common.method_of(script, vars(args))}
 
 
 def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, output_dir: Path) -> Cell:
@@ -223,14 +211,6 @@ def make_cells(args: Args) -> list[Cell]:
 # --------------------------------------------------------------------------------------------- cells on the disk
 
 
-def read_json(path: Path) -> dict:
-    """{} where there is none, or half of one."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def inspect_run(cell: Cell, run: Path) -> State:
     """Whether a run is what the cell asks for; "new" where nothing can be made of it."""
     algorithm, method, steps = (cell.about[name] for name in ("algorithm", "method", "steps"))
@@ -239,11 +219,13 @@ def inspect_run(cell: Cell, run: Path) -> State:
     if step < steps:  # finished or not is decided without the checkpoint, which people delete: it has the replay buffer
         try:
             saved = script.load_checkpoint(str(checkpoint), args_class(algorithm, method))
-        except USER_ERRORS:
+        except common.USER_ERRORS:
+            return State("new")
+        if "optimizers" not in saved:  # of an older version of the script
             return State("new")
         trained, step = asdict(saved["args"]), saved["step"]
-    trained = settings_of(script, trained, run)
-    trained["method"] = method_of(script, trained)
+    trained = common.settings_of(script, trained, run)
+    trained["method"] = common.method_of(script, trained)
     other = [f"{k} {trained.get(k)} instead of {v}" for k, v in cell.settings.items() if trained.get(k) != v]
     if other or step > steps:
         how = f"with {', '.join(other)}" if other else f"for {step:,} steps"
@@ -303,7 +285,7 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
             return "failed", state.problem
         if state.kind != "finished":
             resume = ["--resume", state.run / "checkpoint.pt"] if state.run else []
-            about = cell.about | {"resumed_from": state.step, "wall_seconds": None} | machine()
+            about = cell.about | {"resumed_from": state.step, "wall_seconds": None} | common.machine()
             (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
             began = time.time()
             if code := execute(*cell.words, "--output-dir", cell.folder, *resume):
@@ -313,7 +295,7 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
             (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
             outcome = "done", f"{steps - state.step:,} steps in {seconds:,.0f} s"
             state = inspect(cell)
-        if evaluate.about(steps, cell.episodes).items() <= read_json(state.run / "evaluation.json").items():
+        if evaluate.about(steps, cell.episodes).items() <= evaluate.read_evaluation(state.run).items():
             return outcome
         if not (state.run / "checkpoint.pt").is_file():
             return outcome[0], f"{outcome[1]}, but not evaluated: there is no checkpoint.pt"
@@ -332,10 +314,11 @@ def start_local(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.fu
     turns = itertools.cycle(gpus if count > 1 else [None])
     jobs = args.jobs or count or os.cpu_count()
     pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=lambda: setattr(thread, "gpu", next(turns)))
-    return {
-        pool.submit(lambda cell=cell: run_cell(cell, args.cpus_per_run, stop, thread.gpu)): cell.folder.name
-        for cell in cells
-    }
+
+    def run(cell: Cell):
+        return run_cell(cell, args.cpus_per_run, stop, thread.gpu)
+
+    return {pool.submit(run, cell): cell.folder.name for cell in cells}
 
 
 def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, str]:
@@ -401,5 +384,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with common.user_errors():
         main(tyro.cli(Args, description=__doc__))

@@ -215,6 +215,10 @@ def test_what_is_left_to_do_for_a_cell(finished, tmp_path):
     (run / "summary.json").unlink()
     assert look(folder).kind == "new"  # stopped in its last step, before the summary
     assert look(folder, steps=300).kind == "resume"
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["optimizers"]  # an older version kept them elsewhere: it can't be resumed
+    torch.save(saved, run / "checkpoint.pt")
+    assert look(folder, steps=300).kind == "new"
     (run / "checkpoint.pt").write_text("half")
     assert look(folder, steps=300).kind == "new"
     (run / "summary.json").write_text(json.dumps(old))
