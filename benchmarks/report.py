@@ -30,7 +30,8 @@ from scipy import stats
 
 from benchmarks import plot
 from benchmarks.common import ROOT, Run, UserError, load_run, require, user_errors
-from benchmarks.evaluate import flat, read_evaluation
+from benchmarks.common import read_json
+from benchmarks.evaluate import flat
 
 CELL = ["env_id", "steps", "algorithm", "method"]  # whose rows are seeds of one thing
 KEY = [*CELL, "seed"]
@@ -117,7 +118,7 @@ def read_run(path: Path) -> dict:
     run = load_run(path, need_critic=False)
     row = {"env_id": run.args.env_id, "steps": run.args.total_timesteps, "algorithm": run.algorithm}
     row |= {"method": run.method, "seed": run.args.seed}
-    files, evaluation = (path / "summary.json", path.parent / "cell.json"), read_evaluation(path)
+    files, evaluation = (path / "summary.json", path.parent / "cell.json"), read_json(path / "evaluation.json")
     summary, cell = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
     if summary.get("steps") != row["steps"]:
         return row | {"missing": f"stopped at step {run.step:,}"}
