@@ -2,7 +2,7 @@
 
 Where the action maximises Q, implicit differentiation gives da*/ds = -(d2Q/da2)^-1 d2Q/dsda. So the policy's Lipschitz
 constant is at most M/mu: M, how fast the action gradient turns with the state; mu, how sharp the maximum is. PAVE adds
-three losses to each critic: two make M small, the third keeps mu away from zero.
+three losses to each critic: two make M small, the third pushes the trace of d2Q/da2 below zero, and so mu up.
 
     MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)    mixed-partial regularisation
     VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2                           vector-field consistency
@@ -10,8 +10,9 @@ three losses to each critic: two make M small, the third keeps mu away from zero
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a for small sigma; VFC sees d2Q/dsda along the motion s' - s. Alone, both are
-least for a Q that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
+Means are over the batch and the d_a action dimensions, and the lambdas hang on that. MPR tends to sigma^2
+|d2Q/dsda|_F^2 / d_a for small sigma; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q that
+is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
     python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3, bit for bit
@@ -68,9 +69,9 @@ class Args:
     exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in units of [-1, 1]
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions, in units of [-1, 1]
     noise_clip: float = 0.5  # bound of that noise
-    lambda_mpr: float | None = None  # weight of MPR; None: the tuned value for this env, or 0.1
-    lambda_vfc: float | None = None  # weight of VFC; None: the tuned value for this env, or 0.1
-    lambda_curv: float | None = None  # weight of Curv; None: the tuned value for this env, or 0.01
+    lambda_mpr: float | None = None  # weight of MPR; None: tuned for this env, else 0.1
+    lambda_vfc: float | None = None  # weight of VFC; None: tuned for this env, else 0.1; with --autotune-curv 0.0005
+    lambda_curv: float | None = None  # weight of Curv; None: tuned for this env, else 0.01; where the autotuning starts
     mpr_sigma: float = 0.01  # standard deviation of MPR's noise, in the observation's own units
     curv_delta: float = 1.0  # margin delta by which Curv wants v^T H v below zero
     pave_batch_size: int | None = None  # rows of the minibatch that the PAVE terms use: unbiased, cheaper; None: all
@@ -78,7 +79,7 @@ class Args:
     target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below -delta
     cuda: bool = True  # use a CUDA device if there is one
     torch_deterministic: bool = True  # let torch use deterministic algorithms only
-    compile: bool = True  # torch.compile the losses: some 40 s at the start, 5 s from its cache
+    compile: bool = True  # torch.compile the losses: up to a minute at the start, 5 s from its cache
     cudagraphs: bool = True  # on CUDA, let torch.compile replay each loss as a CUDA graph
     output_dir: str = "runs"  # where the run's folder <env>__<script>__<seed>__<time> is made
     eval_interval: int = 10_000  # steps between two evaluations of the deterministic policy
@@ -132,8 +133,8 @@ def make_env(env_id: str) -> gym.Env:
     low, high = (np.float64(bound).ravel() for bound in (actions.low, actions.high))
 
     def env_action(action):
-        """From flat in [-1, 1], the unit that the lambdas hang on, to the env's own; rounding stays in the bounds."""
-        action = np.clip(low + (np.float64(action) + 1) / 2 * (high - low), low, high)
+        """From flat in [-1, 1] to the env's own; the lambdas hang on that unit, as grad_a Q scales with the range."""
+        action = np.clip(low + (np.float64(action) + 1) / 2 * (high - low), low, high)  # whatever rounding does
         return action.astype(actions.dtype).reshape(actions.shape)
 
     def finite(values):
@@ -282,7 +283,8 @@ class Agent(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
-        self.args, self.device = args, device
+        args = self.args = validate(args)  # a lambda that is None would silently count as 0
+        self.device = device
         use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
         self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # of a minibatch
         self.actor = Actor(observation_dim, action_dim)
@@ -298,9 +300,7 @@ class Agent(nn.Module):
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
-            mode = (
-                "reduce-overhead" if device.type == "cuda" else "default"
-            )  # on CUDA, replay the losses as CUDA graphs
+            mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
             try:
                 torch.compile(torch.sin)(torch.ones(8, device=device))  # fails where there is no C++ compiler, say
                 self.backward = torch.compile(self.backward, fullgraph=True, mode=mode)
@@ -357,7 +357,7 @@ class Agent(nn.Module):
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
-        # rows of TD alone; all variables below have a leading dimension of 2, the twins
+        # of the rows that only TD uses (2, B - n); the twins come first in all that follows
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
@@ -397,7 +397,7 @@ def smoothness(actions, fs=1.0):
 
 @torch.no_grad()
 def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
-    """Return, sm, oscillation (mean |a_t+1 - a_t|), both in env action units, and length: no noise, the same starts."""
+    """Return, sm, oscillation (mean |a_t+1 - a_t|, like sm in env action units), length: no noise, the same starts."""
     device, results = next(actor.parameters()).device, []
     for episode in range(episodes):
         observation, _ = env.reset(seed=10_000 + episode)
@@ -416,7 +416,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
 
 def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
     """Write actor.pt (for a robot) and checkpoint.pt: networks, targets, optimizers, replay, and torch's generators,
-    which also seed the episodes: all that the next episode depends on, so that a resumed run is bit-identical."""
+    which also seed the episodes: all that a run depends on at an episode's end, so that it goes on bit-identically."""
     optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
     moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
     sane = all(tensor.isfinite().all() for tensor in (*agent.parameters(), *moments))
@@ -492,9 +492,9 @@ def train(args: Args, make_agent=Agent) -> Path:
         raise UserError(f"cannot write to {run_dir} ({error}): choose another --output-dir or copy the run") from error
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
     if env.spec.max_episode_steps == MAX_EPISODE_STEPS:
-        tqdm.write(f"no time limit: episodes are cut at {MAX_EPISODE_STEPS:,} steps; max_episode_steps changes it")
+        tqdm.write(f"episodes end at {MAX_EPISODE_STEPS:,} steps: register the env with max_episode_steps to change it")
     if args.compile:
-        tqdm.write("the first updates wait for torch.compile, a minute or so (--no-compile: no wait, slower updates)")
+        tqdm.write("the first updates wait for torch.compile, up to a minute (--no-compile: no wait, slower updates)")
 
     stop_signals = []  # a second one stops at once
 

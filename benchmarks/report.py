@@ -29,8 +29,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks import plot
-from benchmarks.common import ROOT, Run, UserError, load_run, require, user_errors
-from benchmarks.common import read_json
+from benchmarks.common import ROOT, Run, UserError, load_run, read_json, require, user_errors
 from benchmarks.evaluate import flat
 
 CELL = ["env_id", "steps", "algorithm", "method"]  # whose rows are seeds of one thing

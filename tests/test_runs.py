@@ -395,7 +395,7 @@ def test_a_mujoco_env_with_several_actions_is_trained_on(script, small_args):
 def test_an_env_without_a_time_limit_is_cut_and_says_so(script, small_args, monkeypatch, capsys):
     monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 50)
     script.train(small_args(env_id="odd_envs:Endless-v0", total_timesteps=60, learning_starts=60))
-    assert "no time limit: episodes are cut at 50 steps; max_episode_steps changes it" in capsys.readouterr().out
+    assert "episodes end at 50 steps: register the env with max_episode_steps to change it" in capsys.readouterr().out
 
 
 @both_scripts
