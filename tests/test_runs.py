@@ -169,7 +169,7 @@ def test_interrupted_it_saves_and_resumes_with_its_own_settings(script, small_ar
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("step 200:")
     process.send_signal(signum)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == code
     assert "go on with --resume" in output
     assert "Traceback" not in errors

@@ -330,7 +330,7 @@ def check_that_it_stops_and_goes_on(folder, *flags):
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         process.send_signal(signum)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=240)
         assert process.returncode == 130, errors
         assert out.startswith("stopping") and out.endswith(
             "0 of 2 runs are finished\nstopped; the same command goes on\n"
