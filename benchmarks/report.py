@@ -261,7 +261,7 @@ def tables(rows: pd.DataFrame) -> str:
             line |= {heading: told(seeds[measure]) for heading, measure in zip(HEADINGS, MEASURES, strict=True)}
             for heading, measure in {"P(smoother)": "smoothness_mean", "P(calmer)": "oscillation"}.items():
                 line[heading] = DASH if every is base else told_p(seeds[measure], base[measure])
-            if env_id in GOOD_RETURNS and "evaluations" in rows:
+            if env_id in GOOD_RETURNS and rows.get("evaluations", pd.Series(dtype=float)).any():
                 good, of = seeds[["good_evaluations", "evaluations"]].sum()
                 line[f"evaluations ≥ {GOOD_RETURNS[env_id]:,}"] = f"{good:g} of {of:g}" if of else DASH
             results.append(line | ({"paper: return, sm": quoted.get((algorithm, method))} if quoted else {}))
