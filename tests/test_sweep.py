@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import td3_pave_continuous as td3
-from benchmarks import caps, evaluate, sweep
+from benchmarks import caps, evaluate, report, sweep
 from benchmarks.common import USER_ERRORS, load_run
 
 SMALL = "--no-compile --learning-starts 50 --batch-size 16 --eval-episodes 1 --buffer-size 1000"
@@ -271,6 +271,17 @@ def test_a_sweep_evaluates_what_it_trains(finished):
     assert (about["steps"], about["resumed_from"], about["torch"]) == (210, 0, importlib.metadata.version("torch"))
     assert about["wall_seconds"] > 0 and "cores" in about["machine"] and "--seed 1" in about["command"]
     assert not list(finished.glob(".stop*"))
+
+
+def test_the_report_has_what_the_sweep_left(finished, tmp_path):
+    report.main(report.Args((finished,), tmp_path))
+    (row,) = csv.DictReader((tmp_path / "runs.csv").open())
+    (run,) = finished.glob("*/*/")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert (row["env_id"], row["algorithm"], row["method"], row["steps"]) == ("Pendulum-v1", "td3", "base", "210")
+    assert float(row["return_mean"]) == pytest.approx(evaluation["return_mean"], rel=1e-5)
+    assert float(row["wall_seconds"]) > 0 and not row["missing"]
+    assert "TD3 base" in (tmp_path / "report.md").read_text()
 
 
 def test_one_failure_does_not_stop_the_rest(finished, tmp_path, monkeypatch, capsys):
