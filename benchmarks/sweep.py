@@ -352,7 +352,8 @@ def main(args: Args) -> None:
     stop = args.output_dir.resolve() / f".stop-{platform.node()}-{os.getpid()}"  # all runs, on all nodes, look at it
     stop.unlink(missing_ok=True)
     futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set a handler of its own
+    for signum in (signal.SIGINT, signal.SIGTERM):  # also in the background; Ray sets handlers, too
+        signal.signal(signum, signal.default_int_handler)
 
     def wait():
         pending = [future for future, name in futures.items() if name not in outcomes]
