@@ -10,9 +10,9 @@ three losses to each critic: two make M small, the third pushes the trace of d2Q
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Means are over the batch and the d_a action dimensions, and the lambdas hang on that. MPR tends to sigma^2
-|d2Q/dsda|_F^2 / d_a for small sigma; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q that
-is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
+Means are over the batch and the d_a action dimensions, and the lambdas hang on that. For small sigma MPR tends to
+sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q that is flat
+in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
     python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3, bit for bit
