@@ -24,7 +24,7 @@ def make_batch(seed=1, action_dim=ACTIONS):
     return s, next_s, a, torch.randn(ROWS), (torch.rand(ROWS) < 0.3).float()
 
 
-def plain_sac_update(agent, batch):
+def plain_sac_update(agent, batch, q_optimizer, actor_optimizer, alpha_optimizer):
     """SAC (Haarnoja et al. 2018) with twin critics and a tuned alpha, without a line of the script's update."""
     s, next_s, a, r, d = batch
     args, (q1, q2), (t1, t2) = agent.args, agent.critics, agent.critic_targets
@@ -32,21 +32,20 @@ def plain_sac_update(agent, batch):
     with torch.no_grad():
         next_a, log_prob = agent.actor.sample(next_s, torch.randn(ROWS, ACTIONS))
         y = r + args.gamma * (1 - d) * (torch.min(t1(next_s, next_a), t2(next_s, next_a)) - alpha * log_prob)
-    q_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr)
     (0.5 * F.mse_loss(q1(s, a), y) + 0.5 * F.mse_loss(q2(s, a), y)).backward()
     q_optimizer.step()
+    agent.zero_grad()
     new_a, log_prob = agent.actor.sample(s, torch.randn(ROWS, ACTIONS))
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.policy_lr)
-    agent.actor.zero_grad()
     (alpha * log_prob - torch.min(q1(s, new_a), q2(s, new_a))).mean().backward()
     actor_optimizer.step()
-    alpha_optimizer = torch.optim.Adam([agent.log_alpha], lr=args.q_lr)
+    agent.zero_grad()
     (-agent.log_alpha * (log_prob.detach() - ACTIONS).mean()).backward()
     alpha_optimizer.step()
+    agent.zero_grad()
     move_targets(agent.critic_targets, agent.critics, args.tau)
 
 
-def plain_td3_update(agent, batch):
+def plain_td3_update(agent, batch, q_optimizer, actor_optimizer):
     """TD3 (Fujimoto et al. 2018), a step on which the delayed actor moves too."""
     s, next_s, a, r, d = batch
     args, (q1, q2), (t1, t2) = agent.args, agent.critics, agent.critic_targets
@@ -54,13 +53,12 @@ def plain_td3_update(agent, batch):
         noise = (torch.randn(ROWS, ACTIONS) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
         next_a = (agent.actor_target(next_s) + noise).clamp(-1, 1)
         y = r + args.gamma * (1 - d) * torch.min(t1(next_s, next_a), t2(next_s, next_a))
-    q_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr)
     (F.mse_loss(q1(s, a), y) + F.mse_loss(q2(s, a), y)).backward()
     q_optimizer.step()
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.policy_lr)
-    agent.actor.zero_grad()
+    agent.zero_grad()
     (-q1(s, agent.actor(s)).mean()).backward()
     actor_optimizer.step()
+    agent.zero_grad()
     move_targets(agent.critic_targets, agent.critics, args.tau)
     move_targets(agent.actor_target, agent.actor, args.tau)
 
@@ -74,11 +72,15 @@ def test_with_all_lambdas_zero_it_is_the_plain_algorithm(script, float64, monkey
     for function in ("pave_losses", "hutchinson_trace", "action_gradient"):
         monkeypatch.setattr(script, function, None)  # calling it would raise
     agent, batch = make_agent(script), make_batch()
-    reference = copy.deepcopy(agent)
-    torch.manual_seed(2)
-    metrics = agent.update(batch, update_actor=True)
-    torch.manual_seed(2)
-    (plain_sac_update if script.SCRIPT.startswith("sac") else plain_td3_update)(reference, batch)
+    args, reference, sac = agent.args, copy.deepcopy(agent), script.SCRIPT.startswith("sac")
+    groups = [(reference.critics.parameters(), args.q_lr), (reference.actor.parameters(), args.policy_lr)]
+    groups += [([reference.log_alpha], args.q_lr)] if sac else []
+    optimizers = [torch.optim.Adam(parameters, lr=rate) for parameters, rate in groups]
+    for update in range(3):  # Adam's constants don't show in the first
+        torch.manual_seed(update)
+        metrics = agent.update(batch, update_actor=True)
+        torch.manual_seed(update)
+        (plain_sac_update if sac else plain_td3_update)(reference, batch, *optimizers)
     for (name, ours), (_, plain) in zip(agent.named_parameters(), reference.named_parameters(), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     assert not {"losses/mpr", "geometry/curvature"} & metrics.keys()
