@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -37,9 +37,13 @@ def row(method="base", seed=1, sm=0.5, env_id="Hopper-v5", algorithm="td3", **mo
     return values | {"length_mean": 200.0, "neg_def": 0.5, "bound_sup": 9.0, "command": f"x.py --seed {seed}"} | more
 
 
+def csv(*rows) -> str:
+    return pd.DataFrame(rows).to_csv(index=False)
+
+
 def make(tmp_path, rows, *inputs) -> str:
     """The report of these rows, and other inputs."""
-    pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
+    (tmp_path / "in.csv").write_text(csv(*rows))
     report.main(report.Args((tmp_path / "in.csv", *inputs), tmp_path / "out"))
     return (tmp_path / "out" / "report.md").read_text()
 
@@ -51,51 +55,37 @@ def table(text: str, heading: str) -> dict[str, dict]:
     return {line[0]: dict(zip(header, line, strict=True)) for line in lines}
 
 
-def after(text: str, heading: str) -> str:
-    return text[text.index(f"\n{heading}") :]
+def width(groups, statistic) -> float:
+    low, high = map(float, re.fullmatch(r" \[([\d.]+), ([\d.]+)\]", report.interval(groups, statistic)).groups())
+    return high - low
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
-
-
-def test_centre_and_pairs_by_brute_force():
+def test_statistics_by_brute_force():
     assert report.centre([1, 2, 3, 4, 1000, 6]) == 3.5  # the median
-    assert report.centre(np.array([[*range(9), 1000.0]] * 2)).tolist() == [4.5, 4.5]  # 2 to 7: the interquartile mean
+    squares = np.arange(12.0) ** 2
+    assert report.centre(np.stack([squares, squares + 6])) == pytest.approx([199 / 6, 235 / 6])  # 9 + 16 + ... + 64
     rng = np.random.default_rng(0)
     for n, m in ((5, 5), (3, 4), (1, 1)):
         x, y = rng.integers(0, 4, n).astype(float), rng.integers(0, 4, m).astype(float)  # many ties
         pairs = [(a < b) + (a == b) / 2 for a, b in itertools.product(x, y)]
         assert report.p_lower(x, y) == pytest.approx(np.mean(pairs))
     assert report.p_lower(np.stack([x, x - 9]), np.stack([y, y])).tolist() == [report.p_lower(x, y), 1]
-
-
-def test_an_interval_only_from_ten_seeds_on():
-    nine = pd.Series(np.arange(9.0))
-    assert report.told(nine) == "4.000 (0.000 to 8.000)"
-    assert report.interval([np.arange(30.0), nine], report.p_lower) == ""
-    values = np.random.default_rng(1).normal(7, 2, 400)
-    low, high = map(float, re.findall(r"[\d.]+", report.interval([values], report.centre)))
-    assert low < 7 < high  # the interquartile mean of normal values has about 1.2 times the variance of their mean
-    assert high - low == pytest.approx(2 * 1.96 * 2 / 20 * 1.2**0.5, rel=0.15)
+    numbers = [report.number(x) for x in (-112.04, 7085.7, 0.35119, 0.99996, 0.0, 0.000234, 2.25e8)]
+    assert numbers == ["-112.0", "7,086", "0.351", "1.000", "0.000", "2.3e-04", "2.2e+08"]
     assert report.told(pd.Series([5.0])) == "5.000" and report.told(pd.Series([np.nan])) == report.DASH
 
 
-def test_envs_weigh_alike_and_base_is_resampled():
-    """One env with ratio 1/4 and 40 seeds, one with ratio 1 and 10: the geometric mean is 1/2 whatever the counts."""
+def test_intervals_from_ten_seeds_on_with_base_resampled_and_envs_weighing_alike():
+    nine, values = np.arange(9.0), np.random.default_rng(1).normal(7, 2, 400)
+    assert report.interval([np.arange(30.0), nine], report.p_lower) == ""
+    # the interquartile mean of normal values has about 1.2 times the variance of their mean
+    assert width([values], report.centre) == pytest.approx(2 * 1.96 * 2 / 20 * 1.2**0.5, rel=0.15)
+    # one env with ratio 1/4 and 40 seeds, one with ratio 1 and 10: the geometric mean is 1/2 whatever the counts
     groups = [np.full(40, 1.0), np.full(10, 4.0), np.full(10, 3.0), np.full(10, 3.0)]
     assert report.mean_ratio(*groups) == pytest.approx(0.5)
     assert report.interval(groups, report.mean_ratio) == " [0.500, 0.500]"
     groups[1] = np.linspace(2, 6, 10)  # only base scatters
-    low, high = map(float, re.findall(r"[\d.]+", report.interval(groups, report.mean_ratio)))
-    assert high - low > 0.05
-
-
-def test_numbers_are_short():
-    told = [report.number(x) for x in (-112.04, 7085.7, 0.35119, 0.99996, 1.0, 0.0, 0.000234, 2.25e8)]
-    assert told == ["-112.0", "7,086", "0.351", "1.000", "1.000", "0.000", "2.3e-04", "2.2e+08"]
-
-
-# ------------------------------------------------------------------------------------------------------- the report
+    assert width(groups, report.mean_ratio) > 0.05
 
 
 def test_tables_show_the_seeds_and_the_papers_numbers(tmp_path):
@@ -108,10 +98,9 @@ def test_tables_show_the_seeds_and_the_papers_numbers(tmp_path):
     assert pave["seeds"] == "3 of 4" and pave["P(smoother)"] == "0.93" and pave["P(calmer)"] == "0.50"
     assert pave["return"] == "-100.0" and pave["paper: return, sm"] == "3305, 0.950"
     assert table(text, "M/μ")["TD3 pave"] == {"": "TD3 pave", "M/μ": "9.000", "NegDef": "0.500"}
-    assert "TD3 pave on Hopper-v5, seed 3: diverged" in after(text, "## Runs without a result")
+    assert "TD3 pave on Hopper-v5, seed 3: diverged" in text.partition("\n## Runs without a result")[2]
     assert "[" not in "".join(line for line in text.splitlines() if line.startswith("|"))  # no interval anywhere
-    assert text.count("no confidence interval") == 1
-    assert "some ±6.325 (standard error)" in text  # 20 / sqrt(10)
+    assert text.count("no confidence interval") == 1 and "some ±6.325 (standard error)" in text  # 20 / sqrt(10)
     methods = pd.read_csv(tmp_path / "out" / "methods.csv").set_index(["method", "measure"])
     sm = methods.loc[("base", "smoothness_mean"), ["seeds", "median", "lowest", "highest"]]
     assert sm.tolist() == [5, 3, 1, 20]
@@ -123,17 +112,15 @@ def test_tables_show_the_seeds_and_the_papers_numbers(tmp_path):
 def test_length_beside_every_sm_and_sm_not_comparable(tmp_path, drawn):
     rows = [row(m, s, length_mean=n) for m, n in (("base", 1000.0), ("pave", 930.0)) for s in (1, 2)]
     text = make(tmp_path, rows)
-    names = list(table(text, "sm")["TD3 pave"])
-    assert (
-        names[names.index("sm") + 1] == "episode length" and table(text, "sm")["TD3 pave"]["episode length"] == "930.0"
-    )
+    names, cells = zip(*table(text, "sm")["TD3 pave"].items(), strict=True)
+    at = names.index("sm") + 1
+    assert (names[at], cells[at]) == ("episode length", "930.0")
     columns = list(pd.read_csv(tmp_path / "out" / "runs.csv"))
     assert columns.index("length_mean") == columns.index("smoothness_mean") + 1
     assert "**sm isn't comparable here**" in text and "TD3 pave (930 steps) and base (1,000 steps)" in text
     assert "TD3 Hopper-v5 *" in text
-    figure = drawn["Hopper-v5_100000_tradeoff.png"]
-    assert [axis.get_xlabel().partition(" ")[0] for axis in figure.axes] == ["sm", "oscillation"]
-    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["base (1,000 steps)", "pave (930 steps)"]
+    labels = [axis.get_xlabel().partition(" ")[0] for axis in drawn["Hopper-v5_100000_tradeoff.png"].axes]
+    assert labels == ["sm", "oscillation"]
     assert "isn't comparable here" not in make(tmp_path, [r | {"length_mean": 960.0} for r in rows])
     old = [{k: v for k, v in r.items() if k != "length_mean"} for r in rows]
     assert "were not recorded here" in make(tmp_path, old)
@@ -153,7 +140,7 @@ def test_the_mean_is_over_the_envs_that_base_pave_and_auto_share(tmp_path):
     mean = told["**TD3, mean over 2 envs**"]
     assert (mean["auto"], mean["pave"], mean["untuned"]) == ("**0.50**", "**0.71**", report.DASH)
     short = [r | {"length_mean": 9.0} if r["env_id"] == "Hopper-v5" and r["method"] == "pave" else r for r in rows]
-    sm, oscillation = after(make(tmp_path, short), "sm:").split("\nOscillation:")
+    sm, oscillation = make(tmp_path, short).partition("\nsm:")[2].split("\nOscillation:")
     assert "TD3, mean" not in sm and "TD3, mean over 2 envs" in oscillation  # sm is comparable on one env only
 
 
@@ -162,17 +149,17 @@ def test_different_settings_are_never_averaged_silently(tmp_path):
     assert "differently\n\nNone." in make(tmp_path, rows)
     rows += [row(seed=3, command="x.py --gamma 0.8 --seed 3"), row("pave", 1), row("pave", 2, episodes=30)]
     text = make(tmp_path, [*rows, row(seed=4, steps=50_000, sm=7.0)])
-    told = after(text, "## Seeds trained or evaluated differently")
-    assert "seeds 3: `x.py --gamma 0.8`" in told and "seeds 1 2: `x.py --gamma 0.9`, evaluated over 10" in told
-    assert "TD3 pave on Hopper-v5, 100,000 steps: seeds 1: `x.py`, evaluated over 10 episodes, version 1; " in told
+    assert "seeds 3: `x.py --gamma 0.8`" in text and "seeds 1 2: `x.py --gamma 0.9`, evaluated over 10" in text
+    assert "TD3 pave on Hopper-v5, 100,000 steps: seeds 1: `x.py`, evaluated over 10 episodes, version 1; " in text
     assert "noise differs" not in text and "noise differs" in make(tmp_path, [*rows, row(noise_reference="a run")])
-    assert "## Hopper-v5, 50,000 steps" in text and "7.000" not in after(text, "## Hopper-v5, 100,000")
+    assert "7.000" in text.partition("\n## Hopper-v5, 50,000 steps")[2].partition("\n## Hopper-v5, 100,000")[0]
+    assert "7.000" not in text.partition("\n## Hopper-v5, 100,000")[2]
 
 
 def test_ablation_and_saturation(tmp_path, drawn):
     rows = [row(f"ablation-{n:03b}", s, 1.0 + n, "Walker2d-v5") for n in range(8) for s in range(2)]
     rows += [row(m, s, sm, saturation=x) for m, sm, x in (("base", 2.0, 0.75), ("pave", 0.5, 0.1)) for s in (1, 2)]
-    told = table(after(make(tmp_path, rows), "## Walker2d"), "sm")
+    told = table(make(tmp_path, rows).partition("\n## Walker2d")[2], "sm")
     assert told["TD3 ablation-011"]["paper: return, sm"].endswith(", 1.918") and len(told) == 8
     assert told["TD3 ablation-001"]["P(smoother)"] == "0.00"
     axis = drawn["Walker2d-v5_100000_ablation.png"].axes[0]
@@ -183,26 +170,22 @@ def test_ablation_and_saturation(tmp_path, drawn):
 
 
 def test_the_published_report_is_that_of_its_csv(tmp_path):
-    command = re.search(r"`python -m benchmarks.report (\S+) --output (\S+)`", (PUBLISHED / "report.md").read_text())
+    published = (PUBLISHED / "report.md").read_text()
+    command = re.search(r"`python -m benchmarks.report (\S+) --output (\S+)`", published)
     assert command[1] == f"{command[2]}/runs.csv" == "benchmarks/results/report/runs.csv"
     report.main(report.Args((ROOT / command[1],), tmp_path))
     for name in ("runs.csv", "methods.csv", "pairs.csv"):
         assert (tmp_path / name).read_bytes() == (PUBLISHED / name).read_bytes()
-    text = (tmp_path / "report.md").read_text().replace(str(tmp_path), command[2])
-    assert text == (PUBLISHED / "report.md").read_text()
-    assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == {path.name for path in PUBLISHED.glob("*.png")}
+    assert (tmp_path / "report.md").read_text().replace(str(tmp_path), command[2]) == published
+    assert set(re.findall(r"!\[.*\]\((.*)\)", published)) == {path.name for path in PUBLISHED.glob("*.png")}
     assert max(path.stat().st_size for path in PUBLISHED.glob("*.png")) < 80_000
-    for heading in re.findall(r"^- \[(.+)\]\(#", text, re.M):
-        assert f"\n## {heading}\n" in text
-
-
-# ------------------------------------------------------------------------------------------------- sweeps, bad input
+    assert all(f"\n## {heading}\n" in published for heading in re.findall(r"^- \[(.+)\]\(#", published, re.M))
 
 
 def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
     cells = tmp_path / "sweep"
-    lunar = {"env_id": "Hopper-v5", "returns": (9000.0, 9000.0, 2499.0)}
-    runs = [make_run(cells / f"any name {i}", td3, seed=i, **BASE | lunar) for i in (1, 2, 3)]
+    hopper = {"env_id": "Hopper-v5", "returns": (9000.0, 9000.0, 2499.0)}
+    runs = [make_run(cells / f"any name {i}", td3, seed=i, **BASE | hopper) for i in (1, 2, 3)]
     make_run(cells / "4", td3, seed=4, evaluated=False)
     (runs[0].parent / "cell.json").write_text(json.dumps({"wall_seconds": 12.5, "command": "how"}))
     (runs[1] / "checkpoint.pt").unlink()  # it may have been too large to keep
@@ -210,10 +193,9 @@ def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
     (make_run(cells / "5", td3, seed=5) / "checkpoint.pt").write_bytes(b"broken")
     make(tmp_path, [row(steps=300, sm=9.0), row("pave", steps=300), row(seed=3, steps=300, sm=7.0)], cells)
     told = pd.read_csv(tmp_path / "out" / "runs.csv").set_index(["env_id", "method", "seed"])
-    new = told.loc["Hopper-v5", "base", 1]
     names = ["smoothness_mean", "return_mean", "return_mean@0.1", "wall_seconds", "command"]
-    assert new[names].tolist() == [0.1, 2499.0, 2498.9, 12.5, "how"]
-    assert new[["evaluations", "good_evaluations"]].tolist() == [2, 1]  # those at 200 and 300 steps
+    names += ["evaluations", "good_evaluations"]  # those at 200 and 300 steps
+    assert told.loc[("Hopper-v5", "base", 1), names].tolist() == [0.1, 2499.0, 2498.9, 12.5, "how", 2, 1]
     assert told.loc[("Hopper-v5", "base", 3), "smoothness_mean"] == 7.0  # what has no result replaces none
     command = told.loc[("Hopper-v5", "base", 2), "command"]
     assert command.startswith("python td3_pave_continuous.py --env-id Hopper-v5 --seed 2 ")
@@ -223,23 +205,18 @@ def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
     assert "continuous__5 is left out" in errors and "1 results are replaced" in errors
 
 
-def test_bad_input_is_one_line(tmp_path):
-    (tmp_path / "lacks.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "empty.csv").write_text("")
-    pd.DataFrame([row(), row(sm="x")]).to_csv(tmp_path / "nan.csv", index=False)
-    pd.DataFrame([row(seed="x")]).to_csv(tmp_path / "key.csv", index=False)
-    cases = {"lacks algorithm": "lacks.csv", "cannot read": "empty.csv", "line 3": "nan.csv", "line 2": "key.csv"}
-    for message, name in cases.items():
-        with pytest.raises(report.UserError, match=message):
-            report.read_inputs((tmp_path / name,))
-    with pytest.raises(report.UserError, match="no finished run in no input"):
-        report.read_inputs(())
-    with pytest.raises(report.UserError, match="is no sweep"):
-        report.read_inputs((tmp_path,))
+BAD = {"lacks algo": "a,b\n1,2\n", "cannot read": "", "line 2": csv(row(seed="x")), "line 3": csv(row(), row(sm=""))}
+NO_RUNS = {"cannot read": "none.csv", "no finished run in no input": "", "is no sweep": "."}
 
 
-def test_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.report", str(tmp_path / "none.csv"), "--output", str(tmp_path / "out")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(("message", "inputs"), [*((message, "in.csv") for message in BAD), *NO_RUNS.items()])
+def test_bad_input_is_one_line_and_exit_code_2(message, inputs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.csv").write_text(BAD.get(message, ""))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", *inputs.split()])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("benchmarks.report", run_name="__main__", alter_sys=True)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "report").exists()

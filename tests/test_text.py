@@ -85,10 +85,9 @@ def test_what_the_scripts_share_is_the_same_text():
 def test_only_core_packages_are_imported(script):
     imported = set()
     for node in ast.walk(ast.parse((ROOT / f"{script.__name__}.py").read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            imported |= {name.split(".")[0] for name in names}
     assert imported - sys.stdlib_module_names == {"gymnasium", "numpy", "torch", "tqdm", "tyro"}
 
 
@@ -151,17 +150,15 @@ def test_every_command_is_one_that_the_programs_take(name, parse):
     ours = list(commands(TEXTS[name]))
     assert len(ours) > 5
     for file, arguments in ours:
-        help_only = "--help" in arguments
-        try:
-            with pytest.raises(SystemExit if help_only else Parsed):
-                parse(file, arguments)
-        except SystemExit:
-            pytest.fail(f"{file} does not take {arguments}")
+        with pytest.raises((Parsed, SystemExit)) as ended:
+            parse(file, arguments)
+        assert ended.type is (SystemExit if "--help" in arguments else Parsed), f"{file} does not take {arguments}"
 
 
-def test_the_set_up_commands_stay_as_they_are():
+def test_the_set_up_commands_stay_as_they_are_and_the_files_that_a_repository_needs():
     assert all(f"\n{command}\n" in README for command in SET_UP)
     assert SET_UP[1] in (ROOT / ".ci/run").read_text()
+    assert all((ROOT / name).stat().st_size for name in ("LICENSE", "pyproject.toml", "requirements.txt"))
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -204,12 +201,13 @@ def code(title):
 def test_the_four_edits_give_the_scripts_losses(script):
     source = (ROOT / f"{script.__name__}.py").read_text()
     block = source.split("PAVE: paste from here to the next dashed line\n")[1].split("\n# -----")[0]
-    assert "PAVE: paste from here" in code("Paste it into your agent")
+    edits = code("Paste it into your agent")
+    assert "PAVE: paste from here" in edits
     names = {"F": F, "q": script.QNetwork(3, 2), "target": torch.randn(8)}
     names |= {"s": torch.randn(8, 3), "a": torch.rand(8, 2), "next_s": torch.randn(8, 3)}
     exec("import torch\n" + block, names)
-    exec(code("Paste it into your agent"), names | dict.fromkeys(script.LAMBDAS, 0.0), plain := {})
-    exec(code("Paste it into your agent"), names | dict(zip(script.LAMBDAS, (1.0, 2.0, 3.0), strict=True)), ours := {})
+    exec(edits, names | dict.fromkeys(script.LAMBDAS, 0.0), plain := {})
+    exec(edits, names | dict(zip(script.LAMBDAS, (1.0, 2.0, 3.0), strict=True)), ours := {})
     assert torch.equal(plain["loss"], F.mse_loss(names["q"](names["s"], names["a"]), names["target"]))
     pave = script.pave_losses(*(names[name] for name in ("q", "s", "a", "next_s")), ours["noise"], ours["probe"], 1.0)
     assert torch.allclose(ours["loss"] - plain["loss"], pave.mpr + 2 * pave.vfc + 3 * pave.curvature, atol=1e-5)
@@ -236,9 +234,8 @@ def test_the_table_is_what_the_report_has():
     runs["name"] = runs.env_id.str.split(":").str[-1] + ", " + runs.algorithm.str.upper()
     paper = pd.read_csv(ROOT / "benchmarks/paper/paper_tables.csv").set_index(["algo", "env", "method"]).sm_mean
     table = SECTIONS["Does it work?"].replace("\u2212", "-")
-    head, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"
-    ]
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
     checked = 0
     for cells in rows:
         row = dict(zip(head, cells, strict=True))
@@ -284,35 +281,24 @@ def slug(heading):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_relative_links_and_pictures_exist(name):
-    file = ROOT / name
+def test_links_lead_somewhere_and_lines_are_short(name):
+    """120 columns, tables, targets of links and the two set-up commands apart."""
     targets = re.findall(r"\]\((?!https?:)([^)]*)\)", TEXTS[name])
     assert targets
     for target in targets:
         path, _, anchor = target.partition("#")
-        linked = (file.parent / path).resolve() if path else file
+        linked = ((ROOT / name).parent / path).resolve() if path else ROOT / name
         assert linked.exists(), target
-        if anchor:
-            headings = re.findall(r"(?m)^#+ (.*)$", linked.read_text())
-            assert anchor in map(slug, headings), target
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_lines_are_short(name):
-    """120 columns, tables, targets of links and the two set-up commands apart."""
+        assert not anchor or anchor in map(slug, re.findall(r"(?m)^#+ (.*)$", linked.read_text())), target
     for number, line in enumerate(TEXTS[name].splitlines(), 1):
         if not line.startswith("|") and line not in SET_UP:
             assert len(re.sub(r"\]\([^)]*\)", "]", line)) <= 120, (number, line)
 
 
-@pytest.mark.parametrize(
-    ("name", "most"),
-    [("README.md", 180), ("benchmarks/README.md", 120), *((f"{script}.py", 600) for script in SCRIPTS)],
-)
-def test_files_are_short(name, most):
-    assert len((ROOT / name).read_text().splitlines()) <= most
+LENGTHS = {"README.md": 180, "benchmarks/README.md": 120, **dict.fromkeys((f"{script}.py" for script in SCRIPTS), 600)}
+LENGTHS |= {f"benchmarks/recipes/{recipe}.py": 80 for recipe in ("plain", "sb3", "ensemble")}
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "pyproject.toml", ".ci/run", "requirements.txt"])
-def test_the_files_that_a_repository_needs(name):
-    assert (ROOT / name).stat().st_size > 0
+@pytest.mark.parametrize("name", LENGTHS)
+def test_files_are_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LENGTHS[name]
