@@ -89,8 +89,8 @@ def test_figures_show_every_seed_and_their_median_below_ten(runs, figures):
     assert dots.get_legend().get_texts()[0].get_text() == "SAC base (200 steps)"
     x, y = noise.lines[0].get_data()
     assert x == pytest.approx([0, *LEVELS]) and y == pytest.approx([-100.5 - k for k in (0, *LEVELS)])
-    plot.draw_seeds(axis := plot.plt.figure().gca(), [0, 1, 2], np.arange(33.0).reshape(11, 3), "k", "many")
-    assert len(axis.lines) == 1 and len(axis.collections) == 1 and list(axis.lines[0].get_ydata()) == [15, 16, 17]
+    plot.draw_seeds(axis := plot.plt.figure().gca(), [0, 1, 2], np.arange(33.0).reshape(11, 3) ** 2, "k", "many")
+    assert len(axis.lines) == 1 and len(axis.collections) == 1 and [*axis.lines[0].get_ydata()] == [225, 256, 289]
 
 
 def test_spectrum_of_a_sine():
