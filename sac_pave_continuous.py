@@ -15,7 +15,7 @@ sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, 
 in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
     python sac_pave_continuous.py --env-id HalfCheetah-v5
-    python sac_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain SAC, bit for bit
+    python sac_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain SAC
 """
 
 import copy
