@@ -1,6 +1,6 @@
 """Each recipe on Pendulum-v1, 20,000 steps, without and with PAVE: benchmarks/results/recipes.csv and its table.
 
-python -m benchmarks.recipes.table    # about an hour; goes on where it was stopped
+python -m benchmarks.recipes.table    # some two hours; goes on where it was stopped
 """
 
 import csv
