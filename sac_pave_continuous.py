@@ -307,9 +307,12 @@ class Agent(nn.Module):
             self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))
             self.register_buffer("gradient_scale", torch.zeros(()))
         self.to(device)
-        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
+        self.critic_parameters, self.actor_parameters = [*self.critics.parameters()], [*self.actor.parameters()]
+        self.target_parameters = [*self.critic_targets.parameters()]
+        self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, fused=True)
         if args.autotune:
+            self.actor_parameters.append(self.log_alpha)
             self.actor_optimizer.add_param_group({"params": [self.log_alpha], "lr": args.q_lr})
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
@@ -334,29 +337,26 @@ class Agent(nn.Module):
         # noise is drawn here and not in what is compiled, so that eager and compiled runs draw the same
         target_noise = torch.randn_like(actions)
         state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
-
-        metrics = self.backward(self.critic_loss, batch, target_noise, state_noise, probe)
+        metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
         self.q_optimizer.zero_grad()
         if args.autotune_curv:  # dual ascent: lambda_curv grows while too few samples have v^T H v < -delta
             shortfall = args.target_concavity - metrics["geometry/margin_fraction"]
             self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)
             self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
-        for target, parameter in zip(self.critic_targets.parameters(), self.critics.parameters(), strict=True):
-            target.lerp_(parameter.detach(), args.tau)
+        with torch.no_grad():  # Polyak averaging
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, args.tau)
 
-        self.critics.requires_grad_(False)  # the actor's gradient passes through them, they need none of their own
         for _ in range(args.policy_frequency if update_actor else 0):
-            metrics |= self.backward(self.actor_loss, batch, torch.randn_like(actions))
+            metrics |= self.backward(self.actor_loss, self.actor_parameters, batch, torch.randn_like(actions))
             self.actor_optimizer.step()
             self.actor_optimizer.zero_grad()
-        self.critics.requires_grad_(True)
         return metrics
 
-    def backward(self, loss_function, *inputs) -> dict:
+    def backward(self, loss_function, parameters: list, *inputs) -> dict:
         """loss.backward() for loss_function(*inputs) -> (loss, metrics); compiled in one piece, it is faster."""
         loss, metrics = loss_function(*inputs)
-        loss.backward()
+        loss.backward(inputs=parameters)  # the actor's gradient passes through the critics; they need none of their own
         return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -384,7 +384,7 @@ class Agent(nn.Module):
             q_values = torch.cat([pave.q_values, q_values], dim=1)
             loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
             metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
-            metrics |= {"geometry/curvature": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
+            metrics |= {"geometry/vhv": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
             if args.autotune_curv:
                 metrics |= {"losses/lambda_curv": lambda_curv, "geometry/margin_fraction": (pave.vhv < -delta).float()}
                 metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()

@@ -83,7 +83,7 @@ def test_with_all_lambdas_zero_it_is_the_plain_algorithm(script, float64, monkey
         (plain_sac_update if sac else plain_td3_update)(reference, batch, *optimizers)
     for (name, ours), (_, plain) in zip(agent.named_parameters(), reference.named_parameters(), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
-    assert not {"losses/mpr", "geometry/curvature"} & metrics.keys()
+    assert not {"losses/mpr", "geometry/vhv"} & metrics.keys()
 
 
 def test_pave_adds_its_weighted_terms_of_both_critics(script, float64):
@@ -100,7 +100,7 @@ def test_pave_adds_its_weighted_terms_of_both_critics(script, float64):
     torch.testing.assert_close(metrics["losses/mpr"], (terms[0].mpr + terms[1].mpr) / 2)
     vhv = torch.cat([t.vhv for t in terms])
     assert 0 < (vhv < 0).sum() < len(vhv)
-    torch.testing.assert_close(metrics["geometry/curvature"], vhv.mean())
+    torch.testing.assert_close(metrics["geometry/vhv"], vhv.mean())
     assert metrics["geometry/concave_fraction"].item() == pytest.approx((vhv < 0).double().mean().item())
 
 

@@ -84,7 +84,7 @@ def test_a_run_leaves_what_the_readme_promises(script, small_args):
     expected = {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS")}
     expected |= {f"eval/{x}" for x in ("return", "smoothness", "oscillation", "length")}
     expected |= {f"losses/{x}" for x in ("qf_loss", "mpr", "vfc", "curvature", "actor_loss", "q_values")}
-    expected |= {"geometry/curvature", "geometry/concave_fraction"}
+    expected |= {"geometry/vhv", "geometry/concave_fraction"}
     expected |= {"losses/alpha", "losses/entropy"} if script.SCRIPT.startswith("sac") else set()
     assert set(curves.Tags()["scalars"]) == expected
     assert [event.step for event in curves.Scalars("eval/return")] == [200, 400, 450]
