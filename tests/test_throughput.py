@@ -29,6 +29,8 @@ def test_a_step_is_the_agents_own(script, side, rows, tmp_path, monkeypatch):
         assert (update.call_count, add.call_count) == (0, 210)
         steps(6)
         assert (update.call_count, explore.call_count, add.call_count) == (6, 216, 216)
+    (_, _, reached, *_), (_, observed, *_) = (call.args for call in add.mock_calls[199:201])
+    assert (reached != observed).any()  # a new episode
     trained, _, _ = update.call_args.args
     assert trained.pave_rows == rows
     assert sum(call.args[2] for call in update.mock_calls) == 6 // script.Args().policy_frequency  # of the actor
