@@ -124,7 +124,6 @@ def test_pave_adds_its_weighted_terms_of_both_critics_at_the_first_rows(float64,
 
 def test_lambda_curv_rises_while_too_few_samples_are_concave_and_stays_in_its_bounds(script):
     agent = make_agent(script, autotune_curv=True, lambda_curv=0.01, target_concavity=0.75)
-    assert agent.pave_rows == ROWS  # although all lambdas may be 0 at first
 
     def after(margin_fraction, start=0.01):
         metrics = {"geometry/action_gradient": 2.0, "geometry/margin_fraction": margin_fraction}
