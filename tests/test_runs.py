@@ -105,10 +105,11 @@ def test_terminations_and_truncations_are_stored_with_the_true_last_observation(
     """Of an env that returns one array, which it changes in place."""
     run_dir = script.train(small_args(env_id="odd_envs:Aliased-v0", total_timesteps=60, learning_starts=60))
     rows = checkpoint(run_dir)["buffer_rows"]
-    s, next_s, termination = rows[:, :3], rows[:, 3:6], rows[:, -1]
+    s, next_s, action, termination = rows[:, :3], rows[:, 3:6], rows[:, 6], rows[:, -1]
     assert torch.equal(next_s[:, 1], s[:, 1] + 1)  # steps 1 to 10, never the next episode's 0
     assert torch.equal(next_s[:, 2], s[:, 2])
     assert termination.nonzero().flatten().tolist() == [9, 29, 49]  # only the even episodes' ends
+    assert action.min() < -0.5 and action.max() > 0.5  # random ones: before the first update
 
 
 @both_scripts
