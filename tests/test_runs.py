@@ -368,8 +368,9 @@ def test_the_rescaled_env_maps_the_bounds_and_never_steps_over_them(script):
     env = script.make_env("odd_envs:Asymmetric-v0")
     assert [env.action(np.array([x], np.float32)) for x in (-1.0, 0.0, 1.0)] == [0.0, 2.0, 4.0]
     for seed in range(300):
-        high = np.random.default_rng(seed).uniform(0.1, 9, 1).astype(np.float16 if seed % 2 else np.float32)
-        space = gym.spaces.Box(-high, high, dtype=high.dtype)
+        dtype = (np.float16, np.float32, np.float64)[seed % 3]
+        high = np.random.default_rng(seed).uniform(0.1, 9, 1).astype(dtype)
+        space = gym.spaces.Box(-high, high, dtype=dtype)
         spec = gym.envs.registration.EnvSpec("Bounded-v0", lambda space=space: odd_envs.Odd(action_space=space))
         env = script.make_env(spec)
         assert all(space.contains(env.action(np.array([x], np.float32))) for x in (-1.0, 1.0))
