@@ -1,7 +1,6 @@
 """What the tools here share: runs of both scripts read and played, the machine's name, errors of one line."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -80,30 +79,29 @@ def settings_of(script: ModuleType, saved: dict, run_dir: Path) -> dict:
 def load_run(path: str | Path, need_critic: bool = True) -> Run:
     """Read a run's folder: checkpoint.pt or, unless need_critic, actor.pt, which has none. UserError where it can't."""
     path = Path(path)
-    file = path / "checkpoint.pt"
-    if not file.is_file() and (path / "actor.pt").is_file():
-        require(not need_critic, f"{path} has no checkpoint.pt, and its actor.pt alone has no critic")
-        file = path / "actor.pt"
-    require(file.is_file(), f"{path} is not a run folder: it has no checkpoint.pt")
+    files = [path / "checkpoint.pt"] if need_critic else [path / "checkpoint.pt", path / "actor.pt"]
+    file = next(filter(Path.is_file, files), None)
+    require(file, f"{path} is not a run folder, or lacks its {' and '.join(file.name for file in files)}")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # mmap: leave the buffer unread
         script = SCRIPTS[saved["script"]]
-        args, algorithm = settings_of(script, saved["args"], path), script.SCRIPT.partition("_")[0]
         weights = saved.get("agent") or {f"actor.{name}": value for name, value in saved["actor"].items()}
-        outputs = len(weights["actor.net.4.bias"])
+        algorithm, outputs = script.SCRIPT.partition("_")[0], len(weights["actor.net.4.bias"])
         sizes = weights["actor.net.0.weight"].shape[1], outputs // 2 if algorithm == "sac" else outputs  # mean, std
-        networks = {"actor.": script.Actor(*sizes)}
-        if "agent" in saved:
-            networks["critics.0."] = script.QNetwork(*sizes)
-        for prefix, network in networks.items():
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-            network.requires_grad_(False)
-        actor, critic = networks["actor."], networks.get("critics.0.")
+        actor = with_weights(script.Actor(*sizes), weights, "actor.")
+        critic = with_weights(script.QNetwork(*sizes), weights, "critics.0.").double() if need_critic else None
+        args = settings_of(script, saved["args"], path)
+        method = method_of(script, args)
     except Exception as error:
         cause = " ".join(repr(error).split())[:200]
         raise UserError(f"cannot read {file}: damaged, or not of {' or '.join(SCRIPTS)} ({cause})") from error
-    method, critic = method_of(script, args), critic and critic.double()
     return Run(path, algorithm, method, script, SimpleNamespace(**args), actor, critic, saved["step"])
+
+
+def with_weights(network: torch.nn.Module, weights: dict, prefix: str) -> torch.nn.Module:
+    """The network with those of the weights whose names begin with the prefix."""
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return network.requires_grad_(False)
 
 
 class Episode(NamedTuple):
@@ -163,6 +161,5 @@ def machine() -> dict[str, str | None]:
     parts = [model[1] if model else platform.machine(), f"{os.cpu_count()} cores"]
     parts += told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()[:1]
     parts += [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
-    commit = told("git", "-C", ROOT, "rev-parse", "HEAD")
-    commit += "-dirty" if told("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no") else ""
-    return {"machine": ", ".join(parts), "torch": importlib.metadata.version("torch"), "commit": commit or None}
+    commit = told("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return {"machine": ", ".join(parts), "torch": torch.__version__, "commit": commit or None}

@@ -22,7 +22,8 @@ number of episodes, is kept. What the numbers are:
                                       ||dpi/ds||_2 <= ||d2Q/dsda||_2 / |lambda_max(d2Q/da2)|
     robustness                        return, smoothness and length where the policy sees each observation with uniform
                                       noise of +-level standard deviations; the env steps from the true state. The
-                                      standard deviations are the same for every run of an env (--noise-reference)
+                                      standard deviations are those of what a uniformly random policy visits, so that
+                                      every run of an env meets the same noise
 
 Geometry is exact (no finite difference, no probe), in float64, of the first critic Q1 at every visited (s, pi(s)), with
 actions in [-1, 1] and raw observations, as both networks see them. What is defined nowhere is null.
@@ -48,30 +49,20 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.common import Episode, Run, UserError, load_run, read_json, require, rollout, user_errors
+from benchmarks.common import Episode, Run, load_run, read_json, require, rollout, user_errors
 from sac_pave_continuous import action_gradient
 
 VERSION = 2  # of what evaluation.json holds: raise it with every change to how a number is computed
 NOISE_LEVELS = (0.01, 0.025, 0.05, 0.1)  # the paper's, in standard deviations of each observation dimension
-REFERENCE_EPISODES, RANDOM_POLICY = 10, "uniformly random policy"
 LIMIT = 0.98  # of actions in [-1, 1]: 1 % of their range from its end
 CHUNK = 250  # rows of a Hessian at a time: bounds the memory, and is faster than 1,000 rows (cache)
 
 
 @dataclass
 class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """run folders of sac_pave_continuous.py or td3_pave_continuous.py"""
-    episodes: int = 10
-    """episodes without noise, and again at each noise level"""
-    noise_reference: Path | None = None
-    """whose visited states give the noise's standard deviations: a run folder, or an evaluation.json, to take over
-    its own; None: a uniformly random policy"""
-    csv: Path | None = None
-    """also write all runs into this one CSV"""
-
-
-# ------------------------------------------------------------------------------------------------------- geometry
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders of either script
+    episodes: int = 10  # episodes without noise, and again at each noise level
+    csv: Path | None = None  # also write all runs into this one CSV
 
 
 def critic_hessians(critic, observations, actions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,14 +129,11 @@ def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
-
-
-def random_policy_std(env: gym.Env) -> np.ndarray:
+def noise_std(env: gym.Env) -> np.ndarray:
     """Standard deviations (d_s,) of what a uniformly random policy visits: same starts and actions at every call."""
     env.action_space.seed(0)
     observations = []
-    for episode in range(REFERENCE_EPISODES):
+    for episode in range(10):
         observation, over = env.reset(seed=10_000 + episode)[0], False
         while not over:
             observations.append(observation)
@@ -154,31 +142,15 @@ def random_policy_std(env: gym.Env) -> np.ndarray:
     return np.std(observations, axis=0, dtype=np.float64)
 
 
-def reference_std(env: gym.Env, reference: Path | None) -> np.ndarray:
-    """The noise's standard deviations (d_s,), see --noise-reference; UserError where they don't fit the env."""
-    if reference is None:
-        return random_policy_std(env)
-    if reference.is_dir():
-        episodes, _ = rollout(load_run(reference, need_critic=False), env, REFERENCE_EPISODES)
-        return np.concatenate([episode.observations for episode in episodes]).std(axis=0, dtype=np.float64)
-    try:
-        deviations = np.array(json.loads(reference.read_text())["noise_std"], np.float64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--noise-reference {reference} is no evaluation.json with a noise_std ({error!r})") from error
-    require(deviations.shape == env.observation_space.shape, f"--noise-reference {reference} is of another env")
-    return deviations
-
-
-def about(step: int, episodes: int, reference: Path | None = None) -> dict:
+def about(step: int, episodes: int) -> dict:
     """What an evaluation of a run hangs on: one that says the same of itself is up to date."""
-    reference = str(reference.resolve()) if reference else RANDOM_POLICY
-    return {"version": VERSION, "step": step, "episodes": episodes, "noise_reference": reference}
+    return {"version": VERSION, "step": step, "episodes": episodes, "noise_reference": "uniformly random policy"}
 
 
-def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) -> dict:
-    """What evaluation.json holds; reference: see --noise-reference."""
+def evaluate_run(run: Run, episodes: int = 10) -> dict:
+    """What evaluation.json holds."""
     with run.script.make_env(run.args.env_id) as env:
-        deviations, played = reference_std(env, reference), {}
+        deviations, played = noise_std(env), {}
         for level in tqdm((0, *NOISE_LEVELS), desc=run.path.name, unit="level", disable=None, leave=False):
             played[level] = rollout(run, env, episodes, level * deviations)
     visited, metrics = played.pop(0)
@@ -188,8 +160,7 @@ def evaluate_run(run: Run, episodes: int = 10, reference: Path | None = None) ->
     values = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
     kept = ("return_mean", "smoothness_mean", "length_mean")
     robustness = {str(level): {name: metrics[name] for name in kept} for level, (_, metrics) in played.items()}
-    noise = {"noise_std": deviations.tolist(), "robustness": robustness}
-    return about(run.step, episodes, reference) | values | noise
+    return about(run.step, episodes) | values | {"noise_std": deviations.tolist(), "robustness": robustness}
 
 
 def read_evaluation(path: Path) -> dict:
@@ -211,8 +182,8 @@ def main(args: Args) -> None:
     rows = []
     for run in [load_run(path, need_critic=False) for path in args.runs]:
         evaluation = read_evaluation(run.path)
-        if not about(run.step, args.episodes, args.noise_reference).items() <= evaluation.items():
-            evaluation = evaluate_run(load_run(run.path), args.episodes, args.noise_reference)
+        if not about(run.step, args.episodes).items() <= evaluation.items():
+            evaluation = evaluate_run(load_run(run.path), args.episodes)
             (run.path / "evaluation.json").write_text(json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
         name = {"run": run.path.resolve().name, "algorithm": run.algorithm, "method": run.method}
         rows.append(name | {"env_id": run.args.env_id, "seed": run.args.seed} | flat(evaluation))

@@ -9,6 +9,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("sac_pave_continuous", "td3_pave_continuous")
+SMALL = {  # settings of a short, cheap run
+    "env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "batch_size": 32, "buffer_size": 1000,
+    "eval_interval": 200, "eval_episodes": 1, "compile": False,
+}  # fmt: skip
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -26,14 +30,5 @@ def float64():
 
 @pytest.fixture
 def small_args(script, tmp_path):
-    """Make settings for a short, cheap Pendulum run of `script` that writes below tmp_path."""
-
-    def make(**changes):
-        settings = {
-            "env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "batch_size": 32,
-            "buffer_size": 1000, "eval_interval": 200, "eval_episodes": 1, "compile": False,
-            "output_dir": str(tmp_path / "runs"),
-        }  # fmt: skip
-        return script.Args(**(settings | changes))
-
-    return make
+    """Make settings for a small run of `script` that writes below tmp_path."""
+    return lambda **changes: script.Args(**SMALL | {"output_dir": str(tmp_path / "runs")} | changes)

@@ -16,8 +16,9 @@ class Odd(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.position, self.steps, self.episode = self.np_random.normal(), 0, self.episode + 1
-        return self.observe([self.bad if self.bad_step == 0 else self.position, self.steps, self.episode]), {}
+        start = self.np_random.normal() + np.random.normal()  # some envs draw from numpy's own generator
+        self.position, self.steps, self.episode = start, 0, self.episode + 1
+        return self.observe([self.position, self.steps, self.episode]), {}
 
     def step(self, action):
         assert self.action_space.contains(action), action
@@ -52,10 +53,9 @@ register("Aliased", observe=in_place)
 register("Endless", Endless, steps=None)
 
 OBSERVATIONS = {
-    "Dict": (Dict({"joints": real, "near": Discrete(2)}), lambda v: {"joints": np.float32(v[:2]), "near": 1}),
-    "Goal": (
-        Dict({"observation": real, "desired_goal": Box(-inf, inf, (1,), np.float64)}),
-        lambda v: {"observation": np.float32(v[:2]), "desired_goal": np.ones(1)},
+    "Dict": (
+        Dict({"joints": real, "near": Discrete(2), "desired_goal": Box(-inf, inf, (1,), np.float64)}),
+        lambda v: {"joints": np.float32(v[:2]), "near": 1, "desired_goal": np.ones(1)},
     ),
     "Tuple": (Tuple([real, Box(0, 99, (1,), np.int64)]), lambda v: (np.float32(v[:2]), np.array([v[1]]))),
     "Row": (Box(-inf, inf, (1, 3)), lambda v: np.float32([v])),
@@ -79,14 +79,13 @@ for name, space in ACTIONS.items():
 
 register("RewardArray", reward=lambda r: np.array([r]))
 register("RewardScalarArray", reward=lambda r: np.array(r))
-register("RewardVector", reward=lambda r: np.array([r, r]))
 register("Discrete", action_space=Discrete(3))
 register("Integer", action_space=Box(0, 10, (1,), np.int32))
 register("Unbounded", action_space=Box(-inf, inf, (1,)))
 register("Image", observation_space=Box(0, 255, (32, 32, 3), np.uint8))
 register("ImageDict", observation_space=Dict({"camera": Box(0, 255, (32, 32, 3), np.uint8), "joints": real}))
-register("NanReset", bad_step=0)
 register("NanObservation", bad_step=45)
 register("InfReward", bad_step=45, reward=lambda r: inf if np.isnan(r) else r, observe=np.nan_to_num)
+register("RewardVector", bad_step=45, reward=lambda r: [r, r] if np.isnan(r) else r, observe=np.nan_to_num)
 register("HugeReward", bad_step=45, bad=1e30)
 gym.register("NoSimulator-v0", entry_point="a_simulator_that_is_not_installed.envs:Robot")

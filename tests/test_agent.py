@@ -1,12 +1,18 @@
-"""The networks, the replay buffer and one update, each against its definition written out here."""
+"""The networks, the replay buffer and one update, each against its definition written out here.
+
+The critic's loss is tested on SAC: but for TD's half it is the same text in both scripts (test_text.py).
+"""
 
 import copy
-import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import SCRIPTS
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
+
+import sac_pave_continuous as sac
 
 STATES, ACTIONS, ROWS = 4, 2, 24
 CPU = torch.device("cpu")
@@ -24,100 +30,132 @@ def make_batch(seed=1, action_dim=ACTIONS):
     return s, next_s, a, torch.randn(ROWS), (torch.rand(ROWS) < 0.3).float()
 
 
-def plain_sac_update(agent, batch, q_optimizer, actor_optimizer, alpha_optimizer):
-    """SAC (Haarnoja et al. 2018) with twin critics and a tuned alpha, without a line of the script's update."""
+def sac_losses(agent, batch):
+    """SAC (Haarnoja et al. 2018) with twin critics and a tuned alpha: each loss is of what the last step left."""
     s, next_s, a, r, d = batch
-    args, (q1, q2), (t1, t2) = agent.args, agent.critics, agent.critic_targets
-    alpha = agent.log_alpha.exp().item()
+    (q1, q2), (t1, t2), alpha = agent.critics, agent.critic_targets, agent.log_alpha.exp().item()
     with torch.no_grad():
         next_a, log_prob = agent.actor.sample(next_s, torch.randn(ROWS, ACTIONS))
-        y = r + args.gamma * (1 - d) * (torch.min(t1(next_s, next_a), t2(next_s, next_a)) - alpha * log_prob)
-    (0.5 * F.mse_loss(q1(s, a), y) + 0.5 * F.mse_loss(q2(s, a), y)).backward()
-    q_optimizer.step()
-    agent.zero_grad()
+        next_q = torch.min(t1(next_s, next_a), t2(next_s, next_a)) - alpha * log_prob
+        y = r + agent.args.gamma * (1 - d) * next_q
+    yield 0.5 * F.mse_loss(q1(s, a), y) + 0.5 * F.mse_loss(q2(s, a), y)
     new_a, log_prob = agent.actor.sample(s, torch.randn(ROWS, ACTIONS))
-    (alpha * log_prob - torch.min(q1(s, new_a), q2(s, new_a))).mean().backward()
-    actor_optimizer.step()
-    agent.zero_grad()
-    (-agent.log_alpha * (log_prob.detach() - ACTIONS).mean()).backward()
-    alpha_optimizer.step()
-    agent.zero_grad()
-    move_targets(agent.critic_targets, agent.critics, args.tau)
+    yield (alpha * log_prob - torch.min(q1(s, new_a), q2(s, new_a))).mean()
+    yield -agent.log_alpha * (log_prob.detach() - ACTIONS).mean()
 
 
-def plain_td3_update(agent, batch, q_optimizer, actor_optimizer):
-    """TD3 (Fujimoto et al. 2018), a step on which the delayed actor moves too."""
-    s, next_s, a, r, d = batch
-    args, (q1, q2), (t1, t2) = agent.args, agent.critics, agent.critic_targets
+def td3_losses(agent, batch):
+    """TD3 (Fujimoto et al. 2018), at a step at which the delayed actor moves too."""
+    (s, next_s, a, r, d), args = batch, agent.args
+    (q1, q2), (t1, t2) = agent.critics, agent.critic_targets
     with torch.no_grad():
         noise = (torch.randn(ROWS, ACTIONS) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
         next_a = (agent.actor_target(next_s) + noise).clamp(-1, 1)
         y = r + args.gamma * (1 - d) * torch.min(t1(next_s, next_a), t2(next_s, next_a))
-    (F.mse_loss(q1(s, a), y) + F.mse_loss(q2(s, a), y)).backward()
-    q_optimizer.step()
-    agent.zero_grad()
-    (-q1(s, agent.actor(s)).mean()).backward()
-    actor_optimizer.step()
-    agent.zero_grad()
-    move_targets(agent.critic_targets, agent.critics, args.tau)
-    move_targets(agent.actor_target, agent.actor, args.tau)
+    yield F.mse_loss(q1(s, a), y) + F.mse_loss(q2(s, a), y)
+    yield -q1(s, agent.actor(s)).mean()
 
 
-def move_targets(targets, online, tau):
-    for target, source in zip(targets.parameters(), online.parameters(), strict=True):
-        target.data = (1 - tau) * target.data + tau * source.data
+def assert_same(left, right, **tolerances):
+    """Two agents' parameters and buffers."""
+    for (name, mine), theirs in zip(left.state_dict().items(), right.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerances, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_with_all_lambdas_zero_it_is_the_plain_algorithm(script, float64, monkeypatch):
     for function in ("pave_losses", "hutchinson_trace", "action_gradient"):
         monkeypatch.setattr(script, function, None)  # calling it would raise
     agent, batch = make_agent(script), make_batch()
-    args, reference, sac = agent.args, copy.deepcopy(agent), script.SCRIPT.startswith("sac")
+    for name, network in agent.named_children():
+        if name.startswith("actor"):
+            network.net[-1].weight.data *= 20  # actions near the limits, where TD3 clips them
+    args, reference, is_sac = agent.args, copy.deepcopy(agent), script is sac
     groups = [(reference.critics.parameters(), args.q_lr), (reference.actor.parameters(), args.policy_lr)]
-    groups += [([reference.log_alpha], args.q_lr)] if sac else []
+    groups += [([reference.log_alpha], args.q_lr)] if is_sac else []
     optimizers = [torch.optim.Adam(parameters, lr=rate) for parameters, rate in groups]
+    followed = [(reference.critic_targets, reference.critics)]
+    followed += [] if is_sac else [(reference.actor_target, reference.actor)]
     for update in range(3):  # Adam's constants don't show in the first
         torch.manual_seed(update)
         metrics = agent.update(batch, update_actor=True)
         torch.manual_seed(update)
-        (plain_sac_update if sac else plain_td3_update)(reference, batch, *optimizers)
-    for (name, ours), (_, plain) in zip(agent.named_parameters(), reference.named_parameters(), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        losses = sac_losses(reference, batch) if is_sac else td3_losses(reference, batch)
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            loss.backward()
+            optimizer.step()
+            reference.zero_grad()
+        for targets, networks in followed:
+            for target, source in zip(targets.parameters(), networks.parameters(), strict=True):
+                target.data = (1 - args.tau) * target.data + args.tau * source.data
+    assert_same(agent, reference, rtol=1e-9, atol=1e-10)
     assert not {"losses/mpr", "geometry/vhv"} & metrics.keys()
 
 
-def test_pave_adds_its_weighted_terms_of_both_critics(script, float64):
-    weights = {"lambda_mpr": 2.0, "lambda_vfc": 3.0, "lambda_curv": 0.5}
-    agent, plain, batch = make_agent(script, **weights), make_agent(script), make_batch()
-    s, next_s, a, _, _ = batch
-    target_noise, noise, probe = torch.randn(ROWS, ACTIONS), 0.01 * torch.randn(ROWS, STATES), script.rademacher_like(a)
+WEIGHTS = {"lambda_mpr": 2.0, "lambda_vfc": 3.0, "lambda_curv": 0.5, "curv_delta": 0.01}
+
+
+@pytest.mark.parametrize(("rows", "scale"), [(ROWS, None), (8, None), (ROWS, 0.3)])
+def test_pave_adds_its_weighted_terms_of_both_critics_at_the_first_rows(float64, rows, scale):
+    """With --autotune-curv, Curv's weight and margin are in units of the action gradient, here 0.3."""
+    agent = make_agent(sac, 3, **WEIGHTS, pave_batch_size=rows, autotune_curv=scale is not None)
+    plain, batch, weight, margin = make_agent(sac, 3), make_batch(action_dim=3), 0.5, 0.01
+    if scale:
+        agent.gradient_scale.fill_(scale)
+        weight, margin = 0.5 * scale, 0.01 * 3 / 2 * scale
+    s, next_s, a = (part[:rows] for part in batch[:3])
+    target_noise, noise, probe = torch.randn(ROWS, 3), 0.01 * torch.randn(rows, STATES), sac.rademacher_like(a)
     loss, metrics = agent.critic_loss(batch, target_noise, noise, probe)
-    plain_loss, plain_metrics = plain.critic_loss(batch, target_noise, None, None)
-    terms = [script.pave_losses(q, s, a, next_s, noise, probe, 1.0) for q in agent.critics]
-    added = sum(2.0 * t.mpr + 3.0 * t.vfc + 0.5 * t.curvature for t in terms)
+    plain_loss, expected = plain.critic_loss(batch, target_noise, None, None)
+    terms = [sac.pave_losses(q, s, a, next_s, noise, probe, margin) for q in agent.critics]
+    added = sum(2.0 * t.mpr + 3.0 * t.vfc + weight * t.curvature for t in terms)
     torch.testing.assert_close(loss, plain_loss + added)
-    torch.testing.assert_close(metrics["losses/qf_loss"], plain_metrics["losses/qf_loss"])
-    torch.testing.assert_close(metrics["losses/mpr"], (terms[0].mpr + terms[1].mpr) / 2)
     vhv = torch.cat([t.vhv for t in terms])
-    assert 0 < (vhv < 0).sum() < len(vhv)
-    torch.testing.assert_close(metrics["geometry/vhv"], vhv.mean())
-    assert metrics["geometry/concave_fraction"].item() == pytest.approx((vhv < 0).double().mean().item())
+    assert 0 < (vhv < -margin).sum() < (vhv < 0).sum() < len(vhv)
+    expected |= {"losses/mpr": (terms[0].mpr + terms[1].mpr) / 2, "geometry/vhv": vhv.mean()}
+    expected["geometry/concave_fraction"] = (vhv < 0).float().mean()
+    if scale:
+        gradients = [t.gradient.square().mean().sqrt() for t in terms]
+        expected |= {"losses/lambda_curv": torch.tensor(weight), "geometry/action_gradient": sum(gradients) / 2}
+        expected["geometry/margin_fraction"] = (vhv < -margin).float().mean()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value)
+    assert agent.update(batch, True).keys() > metrics.keys()  # it draws noise for as many rows
 
 
-def test_pave_batch_size_takes_the_first_rows_and_leaves_the_td_loss_whole(script, float64):
-    agent, batch = make_agent(script, lambda_mpr=1.0, pave_batch_size=8), make_batch()
-    s, next_s, a, _, _ = batch
-    target_noise, noise, probe = torch.randn(ROWS, ACTIONS), torch.randn(8, STATES), script.rademacher_like(a[:8])
-    loss, metrics = agent.critic_loss(batch, target_noise, noise, probe)
-    plain_loss, plain_metrics = make_agent(script).critic_loss(batch, target_noise, None, None)
-    added = sum(script.pave_losses(q, s[:8], a[:8], next_s[:8], noise, probe, 1.0).mpr for q in agent.critics)
-    torch.testing.assert_close(loss, plain_loss + added)
-    torch.testing.assert_close(metrics["losses/q_values"], plain_metrics["losses/q_values"])
-    share = agent.update(batch, True)["geometry/concave_fraction"].item()
-    assert 0 <= share <= 1 and (16 * share).is_integer()  # of 8 rows and two critics
+def test_lambda_curv_rises_while_too_few_samples_are_concave_and_stays_in_its_bounds(script):
+    agent = make_agent(script, autotune_curv=True, lambda_curv=0.01, target_concavity=0.75)
+
+    def after(margin_fraction, start=0.01):
+        metrics = {"geometry/action_gradient": 2.0, "geometry/margin_fraction": margin_fraction}
+        agent.backward = lambda *_: {name: torch.tensor(value) for name, value in metrics.items()}
+        agent.lambda_curv.fill_(start)
+        agent.update(make_batch(), False)
+        return agent.lambda_curv.item()
+
+    assert after(0.75) == pytest.approx(0.01)  # met
+    assert after(1.0) < 0.01 < after(0.5) < after(0.0)
+    assert after(0.0, start=99.9) == pytest.approx(100)  # a target that can't be met
+    assert after(1.0, start=1.0001e-4) == pytest.approx(1e-4)
+    assert agent.gradient_scale.item() == pytest.approx(2.0 * (1 - 0.995**6), rel=1e-4)  # a running mean
 
 
-@pytest.mark.parametrize("autotune_curv", [False, True])
+@pytest.mark.parametrize("h", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("away", "fraction"), [(1.9, 1.0), (2.1, 0.0)])
+def test_autotune_asks_for_a_top_no_farther_away_than_the_box_is_wide(float64, h, away, fraction):
+    """Q = -h/2 |a - top|^2, whose every sample is `away` from the top in each dimension: h drops out."""
+    agent = make_agent(sac, autotune_curv=True, lambda_curv=0.01)
+    batch = make_batch()
+    top = batch[2] - away
+    for critic in agent.critics:
+        critic.forward = lambda s, a: -0.5 * h * (a - top.repeat(len(a) // ROWS, 1)).square().sum(1)
+    noises = torch.randn(ROWS, ACTIONS), torch.randn(ROWS, STATES), sac.rademacher_like(top)
+    for _ in range(2):
+        metrics = agent.critic_loss(batch, *noises)[1]
+        agent.gradient_scale.copy_(metrics["geometry/action_gradient"])
+    assert metrics["geometry/margin_fraction"] == fraction
+
+
+@pytest.mark.parametrize(("script", "autotune_curv"), [(SCRIPTS[0], True), (SCRIPTS[1], False)], indirect=["script"])
 def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64, autotune_curv):
     weights = {"lambda_mpr": 1e6, "lambda_vfc": 1e3, "lambda_curv": 1.0}  # so that every term weighs in the gradient
     weights["autotune_curv"] = autotune_curv
@@ -126,8 +164,7 @@ def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64, au
         torch.manual_seed(4)
         for step in range(6):
             agent.update(make_batch(seed=step), step % 2 == 0)
-    for (name, ours), theirs in zip(compiled.state_dict().items(), eager.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same(compiled, eager, rtol=1e-7, atol=1e-8)
 
 
 def test_without_a_compiler_it_warns_and_runs_eagerly(script, monkeypatch, capsys):
@@ -139,27 +176,11 @@ def test_without_a_compiler_it_warns_and_runs_eagerly(script, monkeypatch, capsy
 
     monkeypatch.setattr(torch, "compile", broken_compile)
     make_agent(script, compile=True).update(make_batch(), True)
-    assert (
-        "going on without torch.compile, which fails here (RuntimeError('no C++ compiler'))" in capsys.readouterr().err
-    )
-
-
-def test_only_a_termination_cuts_the_target(script, float64):
-    agent = make_agent(script)
-    s = torch.randn(2, STATES)
-    s[1] = s[0]
-    rewards, noise = torch.tensor([1.5, 1.5]), torch.zeros(2, ACTIONS)
-    cut, bootstrapped = agent.td_target(s, rewards, torch.tensor([1.0, 0.0]), noise)
-    assert cut == 1.5
-    assert bootstrapped != 1.5
+    assert "without torch.compile, which fails here (RuntimeError('no C++ compiler'))" in capsys.readouterr().err
 
 
 def test_sac_log_prob_equals_torch_distributions(float64):
-    from torch.distributions import Normal, TanhTransform, TransformedDistribution
-
-    import sac_pave_continuous as script
-
-    actor, s, noise = script.Actor(STATES, ACTIONS), torch.randn(ROWS, STATES), torch.randn(ROWS, ACTIONS)
+    actor, s, noise = sac.Actor(STATES, ACTIONS), torch.randn(ROWS, STATES), torch.randn(ROWS, ACTIONS)
     actions, log_prob = actor.sample(s, noise)
     mean, log_std = actor.net(s).chunk(2, -1)
     distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
@@ -169,26 +190,14 @@ def test_sac_log_prob_equals_torch_distributions(float64):
     assert log_prob.isfinite().all()
 
 
-def test_fixed_alpha_stays_fixed():
-    import sac_pave_continuous as script
-
-    agent = make_agent(script, autotune=False, alpha=0.3)
-    metrics = agent.update(make_batch(), True)
-    assert math.isclose(metrics["losses/alpha"].item(), 0.3, rel_tol=1e-6)
-
-
-def test_td3_moves_its_actor_and_targets_only_when_told():
-    import td3_pave_continuous as script
-
-    agent = make_agent(script)
-    before = copy.deepcopy(agent.state_dict())
-    metrics = agent.update(make_batch(), update_actor=False)
-    moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"critics"}
-    assert "losses/actor_loss" not in metrics
-    agent.update(make_batch(), update_actor=True)
-    moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"critics", "critic_targets", "actor", "actor_target"}
+def test_actor_and_targets_move_only_when_told(script):
+    agent, always = (make_agent(script), {"critics", "critic_targets"} if script is sac else {"critics"})
+    for update_actor, expected in ((False, always), (True, always | set(dict(agent.named_children())))):
+        before = copy.deepcopy(agent.state_dict())
+        metrics = agent.update(make_batch(), update_actor)
+        moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not value.equal(before[name])}
+        assert moved - {"log_alpha"} == expected
+        assert ("losses/actor_loss" in metrics) == update_actor
 
 
 @pytest.mark.parametrize("scale", [0.0, 100.0])
@@ -197,19 +206,14 @@ def test_exploration_scatters_inside_the_bounds(script, scale):
     actions = np.array([agent.explore(np.full(STATES, scale)) for _ in range(50)])
     assert actions.shape == (50, ACTIONS) and np.abs(actions).max() <= 1
     if scale == 0:  # TD3 adds 0.1; SAC's standard deviation starts near 1, before tanh
-        assert (0.4 if script.SCRIPT.startswith("sac") else 0.07) < actions.std(axis=0).mean() < 0.8
-
-
-def test_an_actor_update_leaves_no_gradient_behind(script):
-    agent = make_agent(script, lambda_mpr=1.0)
-    agent.update(make_batch(), True)
-    assert all(parameter.grad is None for parameter in agent.parameters())
-    assert all(parameter.requires_grad for parameter in agent.critics.parameters())
+        assert (0.4 if script is sac else 0.07) < actions.std(axis=0).mean() < 0.8
 
 
 def test_buffer_wraps_around_and_keeps_the_newest(script):
     buffer = script.ReplayBuffer(5, 2, 1, CPU)
     for i in range(8):
+        if i == 2:
+            assert set(buffer.sample(50)[0].flatten().tolist()) == {0, 1}  # not what was never written
         buffer.add(np.full(2, i), np.full(2, i + 0.5), np.full(1, -i), reward=10.0 * i, terminated=i == 7)
     assert (buffer.size, buffer.position) == (5, 3)
     s, next_s, a, r, d = buffer.sample(400)
@@ -219,13 +223,6 @@ def test_buffer_wraps_around_and_keeps_the_newest(script):
     assert torch.equal(a, -s[:, :1])
     assert torch.equal(r, 10 * s[:, 0])
     assert torch.equal(d, (s[:, 0] == 7).float())
-
-
-def test_half_full_buffer_gives_only_what_was_added(script):
-    buffer = script.ReplayBuffer(1000, 2, 1, CPU)
-    buffer.add(np.ones(2), np.ones(2), np.ones(1), 1.0, False)
-    assert all((part == 1).all() for part in buffer.sample(50)[:4])
-    assert not buffer.sample(50)[4].any()
 
 
 def test_a_buffer_larger_than_the_memory_is_refused_with_its_size(script, monkeypatch):
