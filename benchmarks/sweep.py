@@ -35,7 +35,6 @@ import fcntl
 import itertools
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -174,11 +173,11 @@ def make_cells(args: Args) -> list[Cell]:
 def inspect(cell: Cell) -> tuple[int, Path | None]:
     """Step and folder of the cell's run that came furthest; 0 and None where there is none to go on with.
 
-    UserError where nothing is finished and a run was trained otherwise than the cell asks.
+    UserError where a run was trained otherwise than the cell asks.
     """
     script, steps = ALGORITHMS[cell.about["algorithm"]], cell.about["steps"]
     kind, _ = caps.with_caps(script)  # its settings fit every method
-    found, problem = [(0, None)], ""
+    furthest = 0, None
     for run in sorted(cell.folder.glob("*__*__*__*/"), reverse=True):  # the newest first: names end in the time
         trained = read_json(run / "summary.json")
         step = trained.get("steps", 0)
@@ -192,13 +191,10 @@ def inspect(cell: Cell) -> tuple[int, Path | None]:
             trained, step = asdict(saved["args"]), saved["step"]
         trained = common.settings_of(script, trained, run) | {"total_timesteps": max(step, steps)}
         other = [f"{k} {trained.get(k)} instead of {v}" for k, v in cell.settings.items() if trained.get(k) != v]
-        if other:
-            problem = f"was trained with {', '.join(other)}: ask for that, or give the grid another --name"
-        else:
-            found.append((step, run))
-    step, run = max(found, key=lambda pair: pair[0])
-    require(step == steps or not problem, problem)
-    return step, run
+        require(not other, f"was trained with {', '.join(other)}: ask for that, or give the grid another --name")
+        if step > furthest[0]:
+            furthest = step, run
+    return furthest
 
 
 def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tuple[str, str]:
@@ -303,17 +299,17 @@ def main(args: Args) -> None:
             print(f"{cell.folder.name}: {told}\n    {cell.about['command']}")
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    stop = args.output_dir.resolve() / f".stop-{platform.node()}-{os.getpid()}"  # all runs, on all nodes, look at it
-    stop.unlink(missing_ok=True)
+    stop = args.output_dir.resolve() / f".stop-{time.time_ns()}"  # all runs, on all nodes, look at it
+    signals = signal.SIGINT, signal.SIGTERM
 
     def request_stop(_signum, _frame):
         stop.touch()
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in signals:
             signal.signal(signum, signal.SIG_DFL)  # a second one ends the sweep at once; the trainings still save
         print("stopping: checkpoints are being saved", file=sys.stderr, flush=True)
 
     futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
-    for signum in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets handlers, too
+    for signum in signals:  # after Ray, which sets handlers, too
         signal.signal(signum, request_stop)
     for future in as_completed(futures):
         name = futures[future]
