@@ -119,22 +119,17 @@ def test_every_reported_run_is_one_of_results_toml():
         assert sweep.settings_given(row["algorithm"], row["method"], flags) in grid, row["command"]
 
 
+BAD_INPUT = {
+    "--flags='--seed 3'": "--flags has --seed", "--flags='--no-such-flag 3'": "no-such-flag",
+    "--flags='--gamma 3'": "gamma is 3", "--seeds": "no cell is left of 0", "--jobs -1": "--jobs",
+    "--only (": "--only ( is no regular expression", "--address auto": "pip install ray",
+    "[[grid]]\nseeds = ['x']": "seeds", "grid = 3": "no TOML file",
+    "[[grid]]\n[[grid]]\nflags = '--tau 0.1'": "two grids want",
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--flags='--seed 3'", "--flags has --seed"),
-        ("--flags='--no-such-flag 3'", "no-such-flag"),
-        ("--flags='--gamma 3'", "gamma is 3"),
-        ("--seeds", "no cell is left of 0"),
-        ("--only (", "--only ( is no regular expression"),
-        ("--jobs -1", "--jobs"),
-        ("--address auto", "pip install ray"),
-        ("[[grid]]\nseeds = ['x']", "seeds"),
-        ("grid = 3", "no TOML file"),
-        ("[[grid]]\n[[grid]]\nflags = '--tau 0.1'", "two grids want"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), BAD_INPUT.items())
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
     """Or tyro's box, where it takes no such flag or value."""
     (tmp_path / "grid.toml").write_text(flags)
@@ -197,7 +192,11 @@ def test_what_is_left_to_do_for_a_cell(run, tmp_path, capsys):
     assert look() == (0, None)  # killed in its last step, before the summary
     newer = shutil.copytree(run, run.with_name(f"{run.name}9"))
     assert look(steps=400) == (300, newer)
-    shutil.rmtree(newer)
+    (newer / "summary.json").write_text(json.dumps(old | {"steps": 400, "total_timesteps": 400}))
+    assert look(steps=400) == (400, newer)
+    for file in ("summary.json", "checkpoint.pt"):
+        (newer / file).unlink()
+    assert look(steps=400) == (300, run)
     del saved["optimizers"]  # an older version kept them elsewhere: it can't be resumed
     torch.save(saved, run / "checkpoint.pt")
     assert look(steps=400) == (0, None)
@@ -205,9 +204,6 @@ def test_what_is_left_to_do_for_a_cell(run, tmp_path, capsys):
     (run / "checkpoint.pt").unlink()
     assert look() == (300, run) and look(steps=400) == (0, None)  # it is the summary that says so
     refuses("gamma", "--gamma 0.5")
-    longer = shutil.copytree(run, newer)  # trained then
-    (longer / "summary.json").write_text(json.dumps(old | {"steps": 400, "total_timesteps": 400}))
-    assert look(steps=400) == (400, longer)
 
     auto = untrained(tmp_path, "auto", autotune_curv=True)
     summary = json.loads((auto / "summary.json").read_text())
@@ -261,26 +257,27 @@ file.write_text(json.dumps(json.loads(file.read_text()) | dict(steps=400, total_
 
 
 def test_one_failure_does_not_stop_the_rest(run, tmp_path, monkeypatch, capsys):
-    """A cell that can't train, one that raises, one that another sweep trains, which isn't even looked at."""
-    held = tmp_path / "Pendulum-v1__td3__base__3/log.txt"
-    held.parent.mkdir()
+    """A training that fails, a look that does, and a cell that another sweep trains, which isn't even looked at."""
+    finished, fails, *others = sweep.make_cells(arguments(tmp_path, seeds=(1, 2, 3, 4)))
+    cells = [played(fails, "raise SystemExit('the cause')"), *others, finished]
 
     def inspect(cell, inspect=sweep.inspect):
-        if cell.about["seed"] == 1:
-            return inspect(cell)
-        raise KeyError(f"looked at {cell.folder.name}")
+        if cell in others:
+            raise KeyError(f"looked at {cell.folder.name}")
+        return inspect(cell)
 
     monkeypatch.setattr(sweep, "inspect", inspect)
-    with open(held, "a") as log, pytest.raises(SystemExit, match="1"):
+    monkeypatch.setattr(sweep, "make_cells", lambda args: cells)
+    others[1].folder.mkdir()
+    with open(others[1].folder / "log.txt", "a") as log, pytest.raises(SystemExit, match="1"):
         fcntl.flock(log, fcntl.LOCK_EX)
-        sweep.main(arguments(tmp_path, envs=("NoSuch-v0", "Pendulum-v1"), seeds=(1, 2, 3), jobs=1, only="Pend|1$"))
-    out = capsys.readouterr().out
-    (failed,) = [line for line in out.splitlines() if "NoSuch-v0__td3__base__1  exit code" in line]
-    assert "failed" in failed and "cannot make --env-id" in failed and "log.txt" in failed
-    assert "failed Pendulum-v1__td3__base__2  KeyError('looked at Pendulum-v1__td3__base__2')" in out
-    assert "failed Pendulum-v1__td3__base__3  another process is training it" in out
-    assert "done Pendulum-v1__td3__base__1  already finished\n" in out
-    assert out.splitlines()[-1].startswith("1 of 4 runs are finished; these failed: ")
+        sweep.main(arguments(tmp_path, jobs=1))
+    name, out = "Pendulum-v1__td3__base_", capsys.readouterr().out.splitlines()
+    assert out[0] == f"1/4 failed {name}_2  exit code 1: the cause ({fails.folder}/log.txt)"
+    assert out[1] == f"2/4 failed {name}_3  KeyError('looked at {name}_3')"
+    assert out[2].startswith(f"3/4 failed {name}_4  another process is training it")
+    assert out[3] == f"4/4 done {name}_1  already finished"
+    assert out[4:] == [f"1 of 4 runs are finished; these failed: {name}_2, {name}_3, {name}_4"]
 
 
 # ----------------------------------------------------------------------------------------------- GPUs, stops, Ray
