@@ -191,20 +191,27 @@ def test_a_film_is_of_a_whole_episode_from_one_start(video, runs):
     assert not np.array_equal(video.record(load_run(runs["base"]), 0, 1, 30)[1][0], first[0])
 
 
-def test_the_trace_below_is_that_of_the_steps_so_far(video, runs):
-    ramp = np.linspace(-1, 1, 11)[:, None]
+def test_the_trace_below_is_that_of_the_steps_so_far(video, runs, monkeypatch):
+    kept, ramp = [], np.linspace(-1, 1, 11)[:, None]
+    monkeypatch.setattr(video.plt, "close", kept.append)
     long, short = (plot.Episode(None, None, ramp[:n], np.ones(n)) for n in (11, 3))
-    frame = np.zeros((100, 100, 3), np.uint8)
-    films = [(long, [frame] * 11, 1, 30), (short, [frame] * 3, 1, 30)]
-    pictures = video.draw(plot.open_runs([runs["base"], runs["pave"]]), films, 0, 11, 50)
+    frames = [np.full((100, 100, 3), 50 * i, np.uint8) for i in range(5)]
+    films = [(long, frames, 2, 15), (short, frames[3:], 2, 15)]  # every second of the first nine steps
+    pictures = video.draw(plot.open_runs([runs["base"], runs["pave"]]), films, 0, 9, 50)
+    height, width = pictures[0].shape[:2]
+    shown = [[int(picture[height * 2 // 5, width * x // 4, 0]) for x in (1, 3)] for picture in pictures]
+    assert shown == [[0, 150], [50, 200], [100, 200], [150, 200], [200, 200]]  # one that ended stays
 
     def reach(picture, colour):  # the trace's last column, below the frames
-        trace = picture[len(picture) * 3 // 4 :].astype(int)
+        trace = picture[height * 3 // 4 :].astype(int)
         return np.argwhere(np.abs(trace - colour).sum(-1) < 60)[:, 1].max(initial=-1)
 
     base, pave = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in plot.COLOURS[:2])
-    assert len(pictures) == 11 and reach(pictures[2], base) < reach(pictures[6], base) < reach(pictures[10], base)
-    assert reach(pictures[1], pave) < reach(pictures[2], pave) == reach(pictures[10], pave)  # one that ended stays
+    assert reach(pictures[1], base) < reach(pictures[3], base) < reach(pictures[4], base)
+    assert reach(pictures[4], base) > 0.4 * width  # eight ninths of the first half
+    assert reach(pictures[0], pave) < reach(pictures[1], pave) == reach(pictures[4], pave)
+    caption = kept[0].axes[0].texts[0].get_text()
+    assert caption == f"return 11, sm {sac.smoothness(ramp):.2f}, 11 steps"  # of the whole episode
 
 
 def test_video_bad_settings(video, runs, tmp_path, capsys, monkeypatch):
