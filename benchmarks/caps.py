@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import SCRIPTS, require, user_errors
 
-WEIGHTS = {"Pendulum": (1.0, 5.0)}  # (lambda_T, lambda_S) by env; any other env takes the next line
-DEFAULT_WEIGHTS = (0.1, 0.5)
+WEIGHTS = {"Pendulum": {"caps_temporal": 1.0, "caps_spatial": 5.0}}  # by env; any other env takes the next line
+DEFAULT_WEIGHTS = {"caps_temporal": 0.1, "caps_spatial": 0.5}
 
 
 def caps_loss(actor, observations, next_observations, noise, temporal: float, spatial: float):
@@ -65,7 +65,6 @@ def validate(args):
     """Return args with each None weight looked up for this env; UserError on a setting that makes no sense."""
     weights = WEIGHTS.get(re.sub(r"-v\d+$", "", args.env_id), DEFAULT_WEIGHTS)
     require(not args.resume or args.caps_temporal is not None, "--resume is no CAPS run: give one that CAPS began")
-    weights = dict(zip(("caps_temporal", "caps_spatial"), weights, strict=True))
     args = replace(args, **{name: value for name, value in weights.items() if getattr(args, name) is None})
     for name in (*weights, "caps_sigma"):
         value = getattr(args, name)

@@ -24,21 +24,17 @@ Presets, the paper's settings as far as flags go:
     paper-td3     not matched: hidden layers of 256-256 instead of 400-300
     paper-sac     not matched: one update after each step instead of 50 after every 50
 
---grid FILE.toml holds several grids, as [[grid]] tables with the keys scripts, preset, envs, methods, seeds, steps,
-flags, name and episodes; what a table lacks is taken from the command line.
+--grid FILE.toml holds several grids, as [[grid]] tables of these flags; what a table lacks is taken from the command
+line.
 
 On a cluster, start Ray on the nodes, then the sweep with --address auto on one of them. The repository, Python and
 --output-dir must be on a file system that all nodes share.
 """
 
-import concurrent.futures
-import contextlib
 import fcntl
-import io
 import itertools
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -47,7 +43,8 @@ import sys
 import threading
 import time
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -58,8 +55,9 @@ from benchmarks import caps, common, evaluate
 from benchmarks.common import ROOT, SCRIPTS, UserError, read_json, require
 
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
-ABLATION = tuple(f"ablation-{mask:03b}" for mask in range(8))
-METHODS = ("base", "pave", "untuned", "auto", "caps", *ABLATION)
+ABLATION = {f"ablation-{mask:03b}": f"{mask:03b}" for mask in range(8)}
+KEPT = {"base": "000", "caps": "000", "pave": "111", "auto": "111"} | ABLATION  # 0: that lambda is switched off
+METHODS = ("ablation", "untuned", *KEPT)
 STEPS = {"Pendulum": 100_000, "LunarLanderContinuous": 500_000, "Reacher": 500_000}  # the paper's; else a million
 PRESETS = {
     "paper-td3": "--policy-lr 1e-3 --q-lr 1e-3 --batch-size 256 --gamma {gamma} --learning-starts 10000 "
@@ -69,26 +67,20 @@ PRESETS = {
 }
 SHORT_ENVS = ("Pendulum", "LunarLanderContinuous")  # where the paper's TD3 differs
 CELL_FLAGS = {"--env-id", "--seed", "--total-timesteps", "--output-dir", "--resume", "--autotune-curv"}
-# Settings that a finished training may have otherwise than asked; the second ones where no PAVE code runs.
-FREE = ("output_dir", "resume", "total_timesteps", "eval_", "checkpoint_interval", "cuda", "torch_", "compile")
-PAVE_ONLY = ("mpr_", "curv_", "pave_", "target_concavity")
+# Settings, by how they begin, that a training may have otherwise than asked
+FREE = ("output_dir", "resume", "eval_", "checkpoint_interval", "cuda", "torch_", "compile")
 
 
 @dataclass
-class Grid:
+class Args:
     scripts: tuple[Literal["sac", "td3"], ...] = ()  # default: the preset's own, or both
     preset: Literal["paper-td3", "paper-sac"] | None = None  # settings to start from; None: the script's defaults
     envs: tuple[str, ...] = ("Pendulum-v1",)  # Gymnasium ids
-    methods: tuple[str, ...] = ("base", "pave")  # see above
+    methods: tuple[Literal[*METHODS], ...] = ("base", "pave")  # see above
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run of each method for each
     steps: int | None = None  # env steps a run; None: the paper's, or 1,000,000
     flags: str = ""  # flags for every run, in one string
     name: str = ""  # ends the cells' names, so that other flags for the same envs and methods can stand beside them
-    episodes: int = 10  # of the evaluation of a finished run
-
-
-@dataclass
-class Args(Grid):
     grid: Path | None = None  # TOML file with several grids
     only: str = ""  # regular expression: only the cells whose folder's name it is found in
     output_dir: Path = Path("runs/sweep")  # where the cells are
@@ -96,71 +88,45 @@ class Args(Grid):
     address: str | None = None  # Ray cluster to run on; auto: this machine's
     cpus_per_run: int = 1  # CPU threads of a run, and the cores that Ray reserves for it
     gpus_per_run: float = 0.0  # that Ray reserves for a run; 0.5: two share one
-    dry_run: bool = False  # show each cell's state and command, train nothing
+    dry_run: bool = False  # show how far each cell is, and its command; train nothing
 
 
 class Cell(NamedTuple):
     folder: Path
     about: dict  # what cell.json says of it: algorithm, method, env_id, seed, steps, command
-    words: list[str]  # of the command: those after python, without --output-dir and --resume
     settings: dict  # what a training must have been given to be this cell's
-    episodes: int
-
-
-class State(NamedTuple):
-    """Of a cell, or of one run in it, on the disk."""
-
-    kind: Literal["finished", "resume", "problem", "new"]
-    run: Path | None = None
-    step: int = 0
-    problem: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
 
 
-def parse(kind, flags: list[str], **options):
-    """tyro.cli(kind, args=flags), with a UserError of one line instead of a box on the terminal."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as errors:
-            return tyro.cli(kind, args=flags, **options)
-    except SystemExit as error:
-        cause = " ".join(line.strip("│ ") for line in errors.getvalue().splitlines()[1:2])
-        raise UserError(f"cannot use the flags {shlex.join(flags)}: {cause}") from error
-
-
-def read_grids(args: Args) -> list[Grid]:
-    """The tables of --grid, or the one grid of the command line."""
-    own = Grid(**{field.name: getattr(args, field.name) for field in fields(Grid)})
+def read_grids(args: Args) -> list[Args]:
+    """The tables of --grid, each over what the command line says; or that alone."""
     if not args.grid:
-        return [own]
+        return [args]
     grids = []
     try:
         for table in tomllib.loads(args.grid.read_text())["grid"]:
-            words = [[f"--{k}", *map(str, v)] if isinstance(v, list) else [f"--{k}={v}"] for k, v in table.items()]
-            grids.append(parse(Grid, list(itertools.chain(*words)), default=own))
+            flags = []
+            for name, value in table.items():
+                flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+            grids.append(tyro.cli(Args, args=flags, default=args))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"--grid {args.grid} is no TOML file with [[grid]] tables ({error!r})") from error
     return grids
 
 
-def args_class(algorithm: str, method: str) -> type:
-    script = ALGORITHMS[algorithm]
-    return caps.with_caps(script)[0] if method == "caps" else script.Args
-
-
 def settings_given(algorithm: str, method: str, flags: list[str]) -> dict:
-    """What the flags give a training, without what makes no other training of it; UserError where they don't fit."""
-    script, args = ALGORITHMS[algorithm], parse(args_class(algorithm, method), flags)
+    """What the flags give a training, without what makes no other training of it."""
+    script = ALGORITHMS[algorithm]
+    kind = caps.with_caps(script)[0] if method == "caps" else script.Args
+    args = tyro.cli(kind, args=flags, prog=script.SCRIPT)
     args = script.validate(caps.validate(args) if method == "caps" else args)
-    free = FREE if any(getattr(args, name) for name in script.LAMBDAS) else FREE + PAVE_ONLY
-    free += ("lambda_curv",) if args.autotune_curv else ()  # a summary has the one that it found
-    settings = {name: value for name, value in asdict(args).items() if not name.startswith(free)}
-    return settings | {"method": common.method_of(script, vars(args))}
+    free = (*FREE, "lambda_curv") if args.autotune_curv else FREE  # a summary has the one that it found
+    return {name: value for name, value in asdict(args).items() if not name.startswith(free)}
 
 
-def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, output_dir: Path) -> Cell:
-    """One cell of the grid; UserError where its script would not take the flags."""
+def make_cell(grid: Args, algorithm: str, method: str, env_id: str, seed: int) -> Cell:
     script, env = ALGORITHMS[algorithm], re.sub(r"-v\d+$", "", env_id)
     gamma, buffer_size = (0.98, 200_000) if env in SHORT_ENVS else (0.99, 1_000_000)
     preset = PRESETS.get(grid.preset, "").format(gamma=gamma, buffer_size=buffer_size)
@@ -168,82 +134,67 @@ def make_cell(grid: Grid, algorithm: str, method: str, env_id: str, seed: int, o
     flags = shlex.split(f"--env-id {shlex.quote(env_id)} --seed {seed} --total-timesteps {steps} {preset} {grid.flags}")
     if method == "auto":
         flags.append("--autotune-curv")
-    elif method != "pave":
-        lambdas = script.UNTUNED_LAMBDAS if method == "untuned" else (0.0, 0.0, 0.0)
-        if method in ABLATION:
-            pave = script.validate(parse(script.Args, flags))
-            lambdas = [getattr(pave, name) * int(on) for name, on in zip(script.LAMBDAS, method[-3:], strict=True)]
-        for name, value in zip(script.LAMBDAS, lambdas, strict=True):
-            flags += [f"--{name.replace('_', '-')}", f"{value:g}"]
-    words = (["-m", "benchmarks.caps", script.SCRIPT] if method == "caps" else [f"{script.SCRIPT}.py"]) + flags
+    for i, name in enumerate(script.LAMBDAS):
+        if method == "untuned":
+            flags += [f"--{name.replace('_', '-')}", str(script.UNTUNED_LAMBDAS[i])]
+        elif KEPT[method][i] == "0":
+            flags += [f"--{name.replace('_', '-')}", "0"]
+    program = ["-m", "benchmarks.caps", script.SCRIPT] if method == "caps" else [f"{script.SCRIPT}.py"]
     name = f"{env_id}__{algorithm}__{method}__{seed}" + f"__{grid.name}" * bool(grid.name)
-    folder = output_dir / re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    folder = grid.output_dir.resolve() / re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    command = shlex.join(["python", *program, *flags, "--output-dir", str(folder)])
     about = {"algorithm": algorithm, "method": method, "env_id": env_id, "seed": seed, "steps": steps}
-    about["command"] = shlex.join(["python", *words, "--output-dir", str(folder)])
-    return Cell(folder.resolve(), about, words, settings_given(algorithm, method, flags), grid.episodes)
+    return Cell(folder, about | {"command": command}, settings_given(algorithm, method, flags))
 
 
 def make_cells(args: Args) -> list[Cell]:
     """Every cell of the grids, once; UserError where they make no sense."""
     cells = {}
     for grid in read_grids(args):
-        own = (grid.preset.removeprefix("paper-"),) if grid.preset else tuple(ALGORITHMS)
-        algorithms = grid.scripts or own
-        require(set(algorithms) <= set(own), f"--preset {grid.preset} is for --scripts {own[0]} only")
+        algorithms = grid.scripts or ([grid.preset.removeprefix("paper-")] if grid.preset else ALGORITHMS)
         taken = CELL_FLAGS & {word.partition("=")[0].replace("_", "-") for word in shlex.split(grid.flags)}
         require(not taken, f"--flags has {', '.join(sorted(taken))}: the sweep sets that itself")
         methods = [name for method in grid.methods for name in (ABLATION if method == "ablation" else (method,))]
-        unknown = ", ".join(set(methods) - set(METHODS))
-        require(not unknown, f"--methods has {unknown}; there are ablation, {', '.join(METHODS)}")
         for env_id, seed, algorithm, method in itertools.product(grid.envs, grid.seeds, algorithms, methods):
-            cell = make_cell(grid, algorithm, method, env_id, seed, args.output_dir)
-            same = cells.setdefault(cell.folder.name, cell).words == cell.words
+            cell = make_cell(grid, algorithm, method, env_id, seed)
+            same = cells.setdefault(cell.folder.name, cell).about == cell.about
             require(same, f"two grids want {cell.folder.name} with different flags: give one of them a name")
-    require(len(cells) > 0, "the grid is empty: give envs, methods and seeds")
     try:
         chosen = [cell for name, cell in cells.items() if re.search(args.only, name)]
     except re.error as error:
         raise UserError(f"--only {args.only} is no regular expression ({error})") from error
-    require(len(chosen) > 0, f"--only {args.only} leaves none of {len(cells)} cells, such as {next(iter(cells))}")
+    require(len(chosen) > 0, f"no cell is left of {len(cells)}: give envs, methods and seeds, and an --only that fits")
     return chosen
 
 
-# --------------------------------------------------------------------------------------------- cells on the disk
+# ------------------------------------------------------------------------------------------------------- one cell
 
 
-def inspect_run(cell: Cell, run: Path) -> State:
-    """Whether a run is what the cell asks for; "new" where nothing can be made of it."""
-    algorithm, method, steps = (cell.about[name] for name in ("algorithm", "method", "steps"))
-    script, checkpoint, summary = ALGORITHMS[algorithm], run / "checkpoint.pt", read_json(run / "summary.json")
-    trained, step = summary, summary.get("steps", 0)
-    if step < steps:  # finished or not is decided without the checkpoint, which people delete: it has the replay buffer
-        try:
-            saved = script.load_checkpoint(str(checkpoint), args_class(algorithm, method))
-        except common.USER_ERRORS:
-            return State("new")
-        if "optimizers" not in saved:  # of an older version of the script
-            return State("new")
-        trained, step = asdict(saved["args"]), saved["step"]
-    trained = common.settings_of(script, trained, run)
-    trained["method"] = common.method_of(script, trained)
-    other = [f"{k} {trained.get(k)} instead of {v}" for k, v in cell.settings.items() if trained.get(k) != v]
-    if other or step > steps:
-        how = f"with {', '.join(other)}" if other else f"for {step:,} steps"
-        return State("problem", run, step, f"was trained {how}: ask for that, or give the grid another --name")
-    if step == steps:
-        return State("finished", run, step) if summary else State("new")  # stopped in its last step
-    return State("resume", run, step)
+def inspect(cell: Cell) -> tuple[int, Path | None]:
+    """Step and folder of the cell's run that came furthest; 0 and None where there is none to go on with.
 
-
-def inspect(cell: Cell) -> State:
-    """What is left to do for a cell."""
-    runs = sorted(cell.folder.glob("*__*__*__*/"), key=lambda run: run.name.rpartition("__")[2], reverse=True)
-    states = [inspect_run(cell, run) for run in runs]  # the newest first: names end in the time
-    order = ("finished", "resume", "problem", "new")
-    return min(states, key=lambda state: order.index(state.kind), default=State("new"))
-
-
-# ------------------------------------------------------------------------------------------------------- one run
+    UserError where a run was trained otherwise than the cell asks.
+    """
+    script, steps = ALGORITHMS[cell.about["algorithm"]], cell.about["steps"]
+    kind, _ = caps.with_caps(script)  # its settings fit every method
+    furthest = 0, None
+    for run in sorted(cell.folder.glob("*__*__*__*/"), reverse=True):  # the newest first: names end in the time
+        trained = read_json(run / "summary.json")
+        step = trained.get("steps", 0)
+        if step < steps:  # what is finished needs no checkpoint, which people delete: it has the replay buffer
+            try:
+                saved = script.load_checkpoint(str(run / "checkpoint.pt"), kind)
+            except common.USER_ERRORS:
+                continue
+            if "optimizers" not in saved or saved["step"] == steps:
+                continue  # of an older version of the script, or killed in its last step, before the summary
+            trained, step = asdict(saved["args"]), saved["step"]
+        trained = common.settings_of(script, trained, run) | {"total_timesteps": max(step, steps)}
+        other = [f"{k} {trained.get(k)} instead of {v}" for k, v in cell.settings.items() if trained.get(k) != v]
+        require(not other, f"was trained with {', '.join(other)}: ask for that, or give the grid another --name")
+        if step > furthest[0]:
+            furthest = step, run
+    return furthest
 
 
 def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tuple[str, str]:
@@ -252,7 +203,7 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
     Once the file `stop` is there, the training gets a SIGTERM, upon which it saves its checkpoint and ends.
     """
 
-    def execute(*words) -> int:
+    def execute(*words) -> None:
         command = [sys.executable, *map(str, words)]
         print("$", shlex.join(command), file=log, flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
@@ -261,15 +212,9 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
         while process.poll() is None and not stop.exists():
             time.sleep(0.5)
-        if process.poll() is None:
-            process.terminate()
-        return process.wait()
-
-    def ended(code: int) -> tuple[str, str]:
-        if stop.exists():
-            return "stopped", ""
-        lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-        return "failed", f"exit code {code}: {lines[-1]} ({log_path})"
+        process.terminate()  # of no effect where it has ended
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command)
 
     if stop.exists():
         return "stopped", ""
@@ -278,42 +223,47 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
     with open(log_path, "a") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the training holds it too, even if the sweep is killed
+            step, run = inspect(cell)
+            told = "already finished"
+            if step < steps:
+                resume = ["--resume", run / "checkpoint.pt"] if run else []
+                about = cell.about | {"resumed_from": step, "wall_seconds": None} | common.machine()
+                (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
+                began = time.time()
+                execute(*shlex.split(cell.about["command"])[1:], *resume)
+                seconds = round(time.time() - began, 1)
+                about["wall_seconds"] = None if run else seconds  # of a resumed run this is but a part
+                (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
+                told = f"{steps - step:,} steps in {seconds:,.0f} s"
+                _, run = inspect(cell)
+            evaluation = evaluate.read_evaluation(run)
+            if (evaluation.get("version"), evaluation.get("step")) == (evaluate.VERSION, steps):
+                return "done", told
+            if not (run / "checkpoint.pt").is_file():
+                return "done", f"{told}, but not evaluated: there is no checkpoint.pt"
+            execute("-m", "benchmarks.evaluate", run)
+            return "done", f"{told}, evaluated"
         except BlockingIOError:
             return "failed", f"another process is training it ({log_path})"
-        state, outcome = inspect(cell), ("skipped", "already finished")
-        if state.kind == "problem":
-            return "failed", state.problem
-        if state.kind != "finished":
-            resume = ["--resume", state.run / "checkpoint.pt"] if state.run else []
-            about = cell.about | {"resumed_from": state.step, "wall_seconds": None} | common.machine()
-            (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
-            began = time.time()
-            if code := execute(*cell.words, "--output-dir", cell.folder, *resume):
-                return ended(code)
-            seconds = round(time.time() - began, 1)
-            about["wall_seconds"] = None if state.step else seconds  # of a resumed run this is but a part
-            (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
-            outcome = "done", f"{steps - state.step:,} steps in {seconds:,.0f} s"
-            state = inspect(cell)
-        if evaluate.about(steps, cell.episodes).items() <= evaluate.read_evaluation(state.run).items():
-            return outcome
-        if not (state.run / "checkpoint.pt").is_file():
-            return outcome[0], f"{outcome[1]}, but not evaluated: there is no checkpoint.pt"
-        if code := execute("-m", "benchmarks.evaluate", state.run, "--episodes", cell.episodes):
-            return ended(code)
-        return "done", outcome[1] + ", evaluated"
+        except common.USER_ERRORS as error:
+            return "failed", str(error)
+        except subprocess.CalledProcessError as error:
+            if stop.exists():
+                return "stopped", ""
+            last_line = log_path.read_text(errors="replace").rstrip().rpartition("\n")[2]
+            return "failed", f"exit code {error.returncode}: {last_line} ({log_path})"
 
 
 # ----------------------------------------------------------------------------------------------------- the sweep
 
 
-def start_local(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, str]:
+def start_local(args: Args, cells: list[Cell], stop: Path) -> dict[Future, str]:
     """Future of each run -> its cell's name. A thread for each run at a time: it only waits for the run's process."""
     count, thread = torch.cuda.device_count(), threading.local()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     turns = itertools.cycle(gpus if count > 1 else [None])
     jobs = args.jobs or count or os.cpu_count()
-    pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=lambda: setattr(thread, "gpu", next(turns)))
+    pool = ThreadPoolExecutor(jobs, initializer=lambda: setattr(thread, "gpu", next(turns)))
 
     def run(cell: Cell):
         return run_cell(cell, args.cpus_per_run, stop, thread.gpu)
@@ -321,7 +271,7 @@ def start_local(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.fu
     return {pool.submit(run, cell): cell.folder.name for cell in cells}
 
 
-def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futures.Future, str]:
+def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[Future, str]:
     """As start_local, with a Ray task for each run; UserError where there is no Ray or no cluster."""
     try:
         import ray
@@ -338,43 +288,38 @@ def start_ray(args: Args, cells: list[Cell], stop: Path) -> dict[concurrent.futu
 
 
 def main(args: Args) -> None:
-    for name in ("jobs", "cpus_per_run", "episodes"):
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require(min(args.jobs or 1, args.cpus_per_run) > 0, "--jobs and --cpus-per-run must be at least 1")
     cells = make_cells(args)
     if args.dry_run:
         for cell in cells:
-            state = inspect(cell)
-            print(f"{cell.folder.name}: {state.kind}, {state.problem or f'step {state.step:,}'}")
-            print(f"    {cell.about['command']}")
+            try:
+                told = f"step {inspect(cell)[0]:,} of {cell.about['steps']:,}"
+            except common.USER_ERRORS as error:
+                told = str(error)
+            print(f"{cell.folder.name}: {told}\n    {cell.about['command']}")
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    stop = args.output_dir.resolve() / f".stop-{platform.node()}-{os.getpid()}"  # all runs, on all nodes, look at it
-    stop.unlink(missing_ok=True)
-    futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
-    for signum in (signal.SIGINT, signal.SIGTERM):  # also in the background; Ray sets handlers, too
-        signal.signal(signum, signal.default_int_handler)
+    stop = args.output_dir.resolve() / f".stop-{time.time_ns()}"  # all runs, on all nodes, look at it
+    signals = signal.SIGINT, signal.SIGTERM
 
-    def wait():
-        pending = [future for future, name in futures.items() if name not in outcomes]
-        for future in concurrent.futures.as_completed(pending):
-            name = futures[future]
-            try:
-                outcomes[name], detail = future.result()
-            except Exception as error:  # whatever it is, the other cells go on
-                outcomes[name], detail = "failed", " ".join(repr(error).split())
-            print(f"{len(outcomes)}/{len(cells)} {outcomes[name]} {name}  {detail}", flush=True)
-
-    try:
-        wait()
-    except KeyboardInterrupt:
+    def request_stop(_signum, _frame):
         stop.touch()
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in signals:
             signal.signal(signum, signal.SIG_DFL)  # a second one ends the sweep at once; the trainings still save
-        print("stopping: checkpoints are being saved", flush=True)
-        wait()
-        stop.unlink()
-    finished = sum(outcome in ("done", "skipped") for outcome in outcomes.values())
+        print("stopping: checkpoints are being saved", file=sys.stderr, flush=True)
+
+    futures, outcomes = (start_ray if args.address else start_local)(args, cells, stop), {}
+    for signum in signals:  # after Ray, which sets handlers, too
+        signal.signal(signum, request_stop)
+    for future in as_completed(futures):
+        name = futures[future]
+        try:
+            outcomes[name], told = future.result()
+        except Exception as error:  # whatever it is, the other cells go on
+            outcomes[name], told = "failed", " ".join(repr(error).split())
+        print(f"{len(outcomes)}/{len(cells)} {outcomes[name]} {name}  {told}", flush=True)
+    stop.unlink(missing_ok=True)
+    finished = sum(outcome == "done" for outcome in outcomes.values())
     failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     print(f"{finished} of {len(cells)} runs are finished" + (f"; these failed: {', '.join(failed)}" if failed else ""))
     if "stopped" in outcomes.values():

@@ -1,4 +1,4 @@
-"""One episode of each run side by side, all from the same start, the action's trace below: GIF (at most 2 MB) or MP4.
+"""One episode of each run side by side, all from the same start, the action's trace below: GIF or MP4.
 
     python -m benchmarks.video BASE PAVE --output comparison.gif
     python -m benchmarks.video BASE PAVE --output comparison.mp4 --fps 50
@@ -26,25 +26,7 @@ from benchmarks import plot
 from benchmarks.common import Episode, Run, UserError, require, user_errors
 from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths
 
-MEGABYTES, COLOURS = 2.0, 48  # of a GIF
-
-
-class Camera(gym.Wrapper):
-    """Keeps a picture of every `stride`th of an episode's first `steps` states."""
-
-    def __init__(self, env: gym.Env, steps: int, stride: int):
-        super().__init__(env)
-        self.steps, self.stride, self.action = steps, stride, env.action
-
-    def reset(self, **kwargs):
-        self.step_number, self.frames = 0, []
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        if self.step_number < self.steps and self.step_number % self.stride == 0:
-            self.frames.append(self.env.render())
-        self.step_number += 1
-        return self.env.step(action)
+COLOURS = 48  # of a GIF
 
 
 def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, list[np.ndarray], int, float]:
@@ -53,17 +35,20 @@ def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, lis
     spec.kwargs["render_mode"] = "rgb_array"
     if "mujoco" in str(spec.entry_point):
         spec.kwargs["camera_name"] = "track"  # follows the body; the default camera is left behind
+    played = plot.play(run, episode)
     try:
-        env = run.script.make_env(spec)
-        env.reset()
-        env.render()
+        with run.script.make_env(spec) as env:
+            rate = env.metadata.get("render_fps", 30)
+            stride, frames = max(1, round(rate / fps)), []
+            env.reset(seed=10_000 + episode)  # as evaluate() does
+            for step, action in enumerate(played.actions[:steps]):
+                if step % stride == 0:
+                    frames.append(env.render())
+                env.step(action)
     except Exception as error:  # every backend has its own
         cure = "MuJoCo needs the Debian package libegl1 or, with MUJOCO_GL=osmesa, libosmesa6"
         raise UserError(f"cannot render {run.args.env_id} ({' '.join(str(error).split())}); {cure}") from error
-    rate = env.metadata.get("render_fps", 30)
-    stride = max(1, round(rate / fps))
-    camera = Camera(env, steps, stride)
-    return plot.play(run, episode, camera), camera.frames, stride, rate / stride
+    return played, frames, stride, rate / stride
 
 
 def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarray]:
@@ -89,20 +74,20 @@ def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarra
     for i in range(max(map(len, frames))):
         for (screen, line), film, played in zip(moving, frames, episodes, strict=True):
             screen.set_data(film[min(i, len(film) - 1)])  # an episode that ended stays on its last picture
-            line.set_data(*zip(*enumerate(played.env_actions[: min(steps, i * stride + 1), dimension]), strict=True))
+            so_far = played.env_actions[: min(steps, i * stride + 1), dimension]
+            line.set_data(range(len(so_far)), so_far)
         figure.canvas.draw()
         pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     plt.close(figure)
     return pictures
 
 
-def write_gif(output: Path, pictures: list[np.ndarray], fps: float) -> float:
-    """Write it with one palette and without dithering, so that what stands still costs nothing; its megabytes."""
+def write_gif(output: Path, pictures: list[np.ndarray], fps: float) -> None:
+    """Write it with one palette and without dithering, so that what stands still costs nothing."""
     sample = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 5)]))
     palette = sample.quantize(COLOURS, dither=Image.Dither.NONE)
     flat = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     flat[0].save(output, save_all=True, append_images=flat[1:], duration=round(100 / fps) * 10, loop=0, optimize=False)
-    return output.stat().st_size / 1e6
 
 
 def video(
@@ -114,25 +99,21 @@ def video(
     dimension: Dimension = None,
     steps: Annotated[int, tyro.conf.arg(help="length in env steps; the caption is of the whole episode")] = 300,
     fps: Annotated[float, tyro.conf.arg(help="pictures a second; the speed stays the env's own")] = 17.0,
+    dpi: Annotated[int, tyro.conf.arg(help="pixels an inch, of 9 inches: fewer make a smaller file")] = 100,
 ) -> None:
-    """Play an episode of each run and write the video; a GIF gets smaller until it has 2 MB."""
+    """Play an episode of each run and write the video."""
     fit = output.suffix in (".gif", ".mp4") and output.parent.is_dir()
     require(fit, f"--output is {output}; it must end in .gif or .mp4, in a folder that is there")
     require(steps > 1 and fps >= 1, f"--steps is {steps} and --fps {fps:g}; they must be at least 2 and 1")
     shown = plot.name_seeds(plot.open_runs(runs, labels))
     films = [record(run, episode, steps, fps) for _, run in shown]
     dimension, rate = plot.choose_action(films[0][0].env_actions[:steps], dimension), films[0][3]
-    if output.suffix == ".mp4":
-        pictures = draw(shown, films, dimension, steps, 100)
-        even = np.stack([p[: len(p) // 2 * 2] for p in pictures])  # what MP4's codec wants
-        iio.imwrite(output, even, plugin="FFMPEG", fps=rate, macro_block_size=2)
+    pictures = draw(shown, films, dimension, steps, dpi)
+    if output.suffix == ".gif":
+        write_gif(output, pictures, rate)
     else:
-        for dpi in (100, 85, 72, 61, 52, 44):
-            pictures = draw(shown, films, dimension, steps, dpi)
-            size = write_gif(output, pictures, rate)
-            if size <= MEGABYTES:
-                break
-        require(size <= MEGABYTES, f"{output} has {size:.1f} MB even at its smallest: lower --steps or --fps")
+        height, width = (size // 2 * 2 for size in pictures[0].shape[:2])  # even, as MP4's codec wants it
+        iio.imwrite(output, np.stack(pictures)[:, :height, :width], plugin="FFMPEG", fps=rate, macro_block_size=2)
     print(f"wrote {output}: {len(pictures)} pictures, {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
 
 
