@@ -166,7 +166,7 @@ def test_every_flag_named_exists(parse, capsys):
     """Flags in code spans that begin with one; what commands pass is tested above."""
     programs = [[f"{name}.py"] for name in SCRIPTS]
     programs += [[f"benchmarks.{name}"] for name in ("caps", "evaluate", "report", "sweep", "throughput", "video")]
-    programs += [["benchmarks.plot", kind] for kind in ("actions", "curves", "field", "noise", "tradeoff")]
+    programs += [["benchmarks.plot", kind] for kind in ("actions", "curves", "field")]
     for file, *kind in programs:
         with pytest.raises(SystemExit):
             parse(file, [*kind, "--help"])
