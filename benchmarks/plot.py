@@ -19,9 +19,10 @@ import tyro
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 from PIL import Image
+from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.common import Episode, Run, UserError, load_run, require, rollout, user_errors
+from benchmarks.common import Episode, Run, load_run, require, rollout, user_errors
 from benchmarks.evaluate import mixed_hessians, spectral_norms
 
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
@@ -110,15 +111,12 @@ def choose_action(env_actions: np.ndarray, dimension: int | None) -> int:
 
 
 def save(figure, output: Path) -> None:
-    """Write the figure; UserError for an extension that matplotlib doesn't know, or a folder that isn't there."""
-    try:
-        figure.savefig(output, dpi=100)
-        if output.suffix == ".png":  # a palette: a third of the size
-            Image.open(output).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --output {output}: {error}") from error
-    finally:
-        plt.close(figure)
+    """Write the figure; UserError for another extension."""
+    require(output.suffix in (".png", ".svg", ".pdf"), f"--output is {output}; it must end in .png, .svg or .pdf")
+    figure.savefig(output, dpi=100)
+    if output.suffix == ".png":  # a palette: a third of the size
+        Image.open(output).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)
+    plt.close(figure)
     print(f"wrote {output}")
 
 
@@ -257,9 +255,8 @@ def actions(
         trace.set_ylabel(f"action {dimension}")
         frequencies, amplitudes = spectrum(env_actions)
         spectra.plot(frequencies, amplitudes, color=colours[label], alpha=0.25, linewidth=0.8)
-        window = np.full(w := max(1, len(env_actions) // 100), 1 / w)  # 0.01 cycles per step
-        smooth = [np.convolve(part, window, "valid") for part in (frequencies, amplitudes)]
-        spectra.plot(*smooth, color=colours[label], label=label)
+        smooth = uniform_filter1d(amplitudes, max(1, len(env_actions) // 100))  # over 0.01 cycles per step
+        spectra.plot(frequencies, smooth, color=colours[label], label=label)
     trace.set_xlabel("step")
     spectra.set(yscale="log", xlabel="frequency (cycles per step)", ylabel="amplitude, mean over actions")
     spectra.legend()

@@ -39,7 +39,6 @@ OTHERS = ["return_std", "evaluations", "good_evaluations"]  # what else the repo
 EVALUATED = ["episodes", "version", "noise_reference"]  # how
 TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
 COMPARED = {"base", "pave", "auto"}  # the mean over the envs is over those that have them all
-FIXED_LENGTHS = {"Pendulum": 200, "Reacher": 50, "HalfCheetah": 1000, "Swimmer": 1000}  # nothing ends an episode early
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
 UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 DASH = "\u2013"
@@ -144,9 +143,7 @@ def read_inputs(paths) -> pd.DataFrame:
     rows = rows.drop_duplicates(KEY, keep="last")
     others = [name for name in rows if name not in [*KEY, *EVALUATED, *TRAINED]]
     columns = [*KEY, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
-    rows = rows.reindex(columns=dict.fromkeys(columns)).drop(columns="step", errors="ignore")
-    env = rows["env_id"].str.extract(r"(?:.*:)?([A-Za-z]+)")[0]
-    rows = rows.fillna({"length_mean": env.map(FIXED_LENGTHS), "version": 1})
+    rows = rows.reindex(columns=dict.fromkeys(columns)).drop(columns="step", errors="ignore").fillna({"version": 1})
     order = {method: str(i) for i, method in enumerate(plot.METHODS)}  # base, pave, ..., then the ablation's
     return rows.sort_values(KEY, key=lambda column: column.replace(order))
 
@@ -205,9 +202,8 @@ def markdown(lines: list[dict]) -> str:
 
 def paper(env_id: str) -> dict[tuple, str]:
     """(algorithm, method) -> the paper's return and sm, on an env; {} where it has none."""
-    results, ablation = (
-        pd.read_csv(Path(__file__).parent / "paper" / f"paper_{name}.csv", dtype=str) for name in ("tables", "ablation")
-    )
+    folder = Path(__file__).parent / "paper"
+    results, ablation = (pd.read_csv(folder / f"paper_{name}.csv", dtype=str) for name in ("tables", "ablation"))
     ablation["method"] = "ablation-" + ablation["mpr"] + ablation["vfc"] + ablation["curv"]
     rows = pd.concat([results, ablation])
     rows = rows[rows["env"] == re.sub(r"(Continuous)?(-v\d+)?$", "", env_id)]
@@ -253,12 +249,11 @@ def tables(rows: pd.DataFrame) -> str:
 
 def summary(rows: pd.DataFrame, measure: str) -> str:
     """The measure over base's: a line for each env at its largest number of steps, then the mean over common envs."""
-    rows = rows[rows["method"].isin(plot.METHODS) & rows[measure].notna()]
-    rows = rows[rows["steps"] == rows.groupby(["algorithm", "env_id"])["steps"].transform("max")]
-    lines = []
+    rows, lines = rows[rows["method"].isin(plot.METHODS) & rows[measure].notna()], []
     for algorithm, runs in rows.groupby("algorithm"):
         common = []
         for env_id, part in runs.groupby("env_id"):
+            part = part[part["steps"] == part["steps"].max()]
             seeds = dict(list(part.groupby("method")[measure]))
             if len(seeds) < 2 or "base" not in seeds:
                 continue
@@ -280,13 +275,14 @@ def summary(rows: pd.DataFrame, measure: str) -> str:
 
 def different_settings(rows: pd.DataFrame) -> list[str]:
     """A line for each cell whose seeds had not all the same command (but for seed and folders) and evaluation."""
-    own = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)"
-    made = "`" + rows["command"].fillna("not recorded").str.replace(own, "", regex=True) + "`, evaluated over "
-    made += rows["episodes"].map("{:g} episodes, ".format) + rows["version"].map("version {:g}".format)
-    rows, lines = rows.assign(made=made), []
-    for (env_id, steps, algorithm, method), seeds in rows.groupby(CELL, sort=False):
-        if seeds["made"].nunique() > 1:
-            sides = [f"seeds {' '.join(map(str, some))}: {made}" for made, some in seeds.groupby("made")["seed"]]
+    own, lines = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)", []
+    rows = rows.assign(made=rows["command"].fillna("not recorded").str.replace(own, "", regex=True))
+    for (env_id, steps, algorithm, method), runs in rows.groupby(CELL, sort=False):
+        sides = []
+        for (made, episodes, version), seeds in runs.groupby(["made", "episodes", "version"], dropna=False)["seed"]:
+            how = f"`{made}`, evaluated over {episodes:g} episodes, version {version:g}"
+            sides.append(f"seeds {' '.join(map(str, seeds))}: {how}")
+        if len(sides) > 1:
             lines.append(f"- {algorithm.upper()} {method} on {env_id}, {steps:,} steps: {'; '.join(sides)}")
     return lines
 
