@@ -141,9 +141,9 @@ def read_inputs(paths) -> pd.DataFrame:
     if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last")
-    others = [name for name in rows if name not in [*KEY, *EVALUATED, *TRAINED]]
+    others = [name for name in rows if name not in [*KEY, *EVALUATED, *TRAINED, "step"]]
     columns = [*KEY, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
-    rows = rows.reindex(columns=dict.fromkeys(columns)).drop(columns="step", errors="ignore").fillna({"version": 1})
+    rows = rows.reindex(columns=dict.fromkeys(columns)).fillna({"version": 1})
     order = {method: str(i) for i, method in enumerate(plot.METHODS)}  # base, pave, ..., then the ablation's
     return rows.sort_values(KEY, key=lambda column: column.replace(order))
 

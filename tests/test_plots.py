@@ -83,11 +83,11 @@ def test_figures_show_every_seed_and_their_median_below_ten(runs, figures):
     assert [a.get_ylabel().split()[0] for a in figures[0].axes] == ["return", "sm", "steps"]  # the length beside sm
     values = np.array([1.0, 2.0, 9.0])
     rows = {f"{name}@{k}": values + k for name in ("return_mean", "smoothness_mean") for k in (0.1, 0.05)}
-    rows |= {"return_mean": values, "smoothness_mean": values, "oscillation": values, "length_mean": 200.0}
+    rows |= {"return_mean": values, "smoothness_mean": -values, "oscillation": 0.1, "length_mean": 200.0}
     rows = pd.DataFrame(rows | {"algorithm": "sac", "method": "base"})
     dots = plot.tradeoff_figure(rows, "").axes[0]
-    assert dots.collections[0].get_offsets().tolist() == [[1, 1], [2, 2], [9, 9]]
-    assert np.ravel(dots.lines[0].get_data()).tolist() == [2, 2]
+    assert dots.collections[0].get_offsets().tolist() == [[-1, 1], [-2, 2], [-9, 9]]
+    assert np.ravel(dots.lines[0].get_data()).tolist() == [-2, 2]
     assert dots.get_legend().get_texts()[0].get_text() == "base (200 steps)"
     middle, *seeds = (line.get_xydata() for line in plot.noise_figure(rows, "").axes[0].lines)
     assert middle == pytest.approx(np.array([[0, 2], [0.05, 2.05], [0.1, 2.1]])) and len(seeds) == 3

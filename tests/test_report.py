@@ -172,7 +172,7 @@ def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
     (runs[1] / "checkpoint.pt").unlink()  # it may have been too large to keep
     (runs[2] / "summary.json").unlink()
     (make_run(cells / "5", td3, seed=5) / "checkpoint.pt").write_bytes(b"broken")
-    make(tmp_path, [row(steps=300, sm=9.0), row("pave", steps=300), row(seed=3, steps=300, sm=7.0)], cells)
+    make(tmp_path, [row(steps=300, sm=9.0), row("pave", steps=300), row(seed=3, steps=300, sm=7.0)], cells, runs[1])
     told = pd.read_csv(tmp_path / "out" / "runs.csv").set_index(["env_id", "method", "seed"])
     names = ["smoothness_mean", "return_mean", "return_mean@0.1", "wall_seconds", "command"]
     names += ["evaluations", "good_evaluations"]  # those at 200 and 300 steps
@@ -184,7 +184,7 @@ def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
     missing = {("Pendulum-v1", "pave", seed): "not evaluated (benchmarks.evaluate)" for seed in (4, 6)}
     assert told["missing"].dropna().to_dict() == missing
     errors = capsys.readouterr().err
-    assert "continuous__5 is left out" in errors and "1 results are replaced" in errors
+    assert "continuous__5 is left out" in errors and "2 results are replaced" in errors
 
 
 BAD_ROWS = {  # what the error says: rows of in.csv
