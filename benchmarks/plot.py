@@ -5,8 +5,8 @@
     python -m benchmarks.plot curves RUN RUN ...     return, sm and episode length over training (TensorBoard files)
 
 Runs of one algorithm and method, as the runs themselves say, are the seeds of a group; --labels makes other groups.
-Below ten seeds each is shown, as a thin line, with their median. The first run sets axes and scale. Return against sm,
-and both under observation noise, are drawn by benchmarks.report.
+Each seed is shown, as a thin line, with their median. The first run sets axes and scale. Return against sm, and both
+under observation noise, are drawn by benchmarks.report.
 """
 
 from pathlib import Path
@@ -28,7 +28,6 @@ from benchmarks.evaluate import mixed_hessians, spectral_norms
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000")  # Okabe-Ito: colour-blind safe
 WIDTH = 9.0  # inches; 900 px at 100 dpi
-ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
 STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (observation, normalised action) and points
 AXES = {
     "return_mean": "return per episode\n(higher is better)",
@@ -156,11 +155,9 @@ def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 
 
 def draw_seeds(axis, x, values: np.ndarray, colour: str, label: str) -> None:
-    """values (seeds, len(x)): their median, and below ENOUGH seeds each as a thin line, else the middle half."""
+    """values (seeds, len(x)): their median, and each as a thin line."""
     axis.plot(x, np.median(values, axis=0), color=colour, label=label, linewidth=2)
-    if len(values) >= ENOUGH:
-        axis.fill_between(x, *np.quantile(values, (0.25, 0.75), axis=0), color=colour, alpha=0.2, linewidth=0)
-    elif len(values) > 1:
+    if len(values) > 1:
         axis.plot(x, values.T, color=colour, linewidth=0.8, alpha=0.4)
 
 

@@ -9,7 +9,6 @@ a sweep's. Where two inputs have a run, the later one counts; a run without a re
 report is made from the runs.csv that it writes, and from nothing else.
 """
 
-import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -38,8 +37,8 @@ CRITIC = {
 OTHERS = ["return_std", "evaluations", "good_evaluations"]  # what else the report tells
 EVALUATED = ["episodes", "version", "noise_reference"]  # how
 TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
-COMPARED = {"base", "pave", "auto"}  # the mean over the envs is over those that have them all
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
+ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
 UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 DASH = "\u2013"
 SHARE = "{:.2f}".format
@@ -66,9 +65,8 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
 - Everything else that was measured, with each run's command, commit and machine: [runs.csv](runs.csv)."""
 
 SUMMARY = """Median of the method's seeds over median of base's; below 1 is smoother. In brackets: over all pairs of a
-seed of the method and one of base, so that base's column shows how much base itself scatters. The mean (geometric, all
-envs weigh alike) is over the envs that have base, pave and auto. \\*: episode lengths differ or were not recorded, so
-sm isn't comparable; not in the mean."""
+seed of the method and one of base, so that base's column shows how much base itself scatters. There is no mean over the
+envs: few have the same methods. \\*: episode lengths differ or were not recorded, so sm isn't comparable."""
 
 
 @dataclass
@@ -153,7 +151,7 @@ def read_inputs(paths) -> pd.DataFrame:
 
 def centre(values, axis: int = -1):
     """The median; from ENOUGH seeds on the interquartile mean, without the lowest and the highest quarter."""
-    many = np.shape(values)[axis] >= plot.ENOUGH
+    many = np.shape(values)[axis] >= ENOUGH
     return stats.trim_mean(values, 0.25, axis=axis) if many else np.median(values, axis=axis)
 
 
@@ -161,12 +159,6 @@ def p_lower(x, y, axis: int = -1):
     """P(X < Y) for a draw from each, ties counting half: over all pairs."""
     x, y = x[..., :, None], y[..., None, :]  # the axis is always the last
     return ((x < y) + 0.5 * (x == y)).mean(axis=(-2, -1))
-
-
-def mean_ratio(*groups, axis: int = -1):
-    """method, base, method, base, ... (a pair an env) -> geometric mean of centre / centre: all envs weigh alike."""
-    logs = [np.log(centre(values, axis=axis)) for values in groups]
-    return np.exp(np.mean(logs[::2], axis=0) - np.mean(logs[1::2], axis=0))
 
 
 def number(value: float) -> str:
@@ -182,7 +174,7 @@ def told(statistic, *groups: pd.Series, form=number) -> str:
     if not all(map(len, groups)):
         return DASH
     spread = ""
-    if min(map(len, groups)) >= plot.ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
+    if min(map(len, groups)) >= ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
         settings = {"method": "percentile", "rng": np.random.default_rng(0)}
         low, high = stats.bootstrap(groups, statistic, **settings).confidence_interval  # base is resampled, too
         spread = f" [{form(low)}, {form(high)}]"
@@ -248,28 +240,19 @@ def tables(rows: pd.DataFrame) -> str:
 
 
 def summary(rows: pd.DataFrame, measure: str) -> str:
-    """The measure over base's: a line for each env at its largest number of steps, then the mean over common envs."""
+    """The measure over base's: a line for each env at its largest number of steps."""
     rows, lines = rows[rows["method"].isin(plot.METHODS) & rows[measure].notna()], []
-    for algorithm, runs in rows.groupby("algorithm"):
-        common = []
-        for env_id, part in runs.groupby("env_id"):
-            part = part[part["steps"] == part["steps"].max()]
-            seeds = dict(list(part.groupby("method")[measure]))
-            if len(seeds) < 2 or "base" not in seeds:
-                continue
-            comparable, base = measure != "smoothness_mean" or not unequal_lengths(part), seeds["base"]
-            line = {"": f"{algorithm.upper()} {env_id}" + " *" * (not comparable)} | dict.fromkeys(plot.METHODS)
-            for method, ours in seeds.items():
-                low, high = ours.min() / base.max(), ours.max() / base.min()
-                line[method] = f"{centre(ours) / centre(base):.2f} ({low:.2f} to {high:.2f})"
-            lines.append(line)
-            common += [seeds] if comparable and seeds.keys() >= COMPARED else []
-        if len(common) > 1:
-            line = {"": f"**{algorithm.upper()}, mean over {len(common)} envs**"}
-            for method in set.intersection(*map(set, common)):
-                groups = [seeds[name] for seeds in common for name in (method, "base")]
-                line[method] = f"**{told(mean_ratio, *groups, form=SHARE)}**"
-            lines.append(line)
+    for (algorithm, env_id), runs in rows.groupby(["algorithm", "env_id"]):
+        runs = runs[runs["steps"] == runs["steps"].max()]
+        seeds = dict(list(runs.groupby("method")[measure]))
+        if len(seeds) < 2 or "base" not in seeds:
+            continue
+        comparable, base = measure != "smoothness_mean" or not unequal_lengths(runs), seeds["base"]
+        line = {"": f"{algorithm.upper()} {env_id}" + " *" * (not comparable)} | dict.fromkeys(plot.METHODS)
+        for method, ours in seeds.items():
+            low, high = ours.min() / base.max(), ours.max() / base.min()
+            line[method] = f"{centre(ours) / centre(base):.2f} ({low:.2f} to {high:.2f})"
+        lines.append(line)
     return markdown(lines)
 
 
@@ -291,16 +274,12 @@ def different_settings(rows: pd.DataFrame) -> list[str]:
 
 
 def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
-    """Return and sm with each set of losses: a dot is a seed, a bar their median."""
+    """Return and sm with each set of losses: a dot is a seed."""
     figure, parts = plot.pairs_of_panels(rows, title)
     for axes, method, seeds in parts:
-        losses = itertools.compress(("MPR", "VFC", "Curv"), map(int, re.findall(r"\d", method)))
-        name = "\n".join(losses) or method.replace("ablation-000", "none")
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
-            axis.scatter([name] * len(seeds), seeds[measure], s=14, color="black")
-            axis.plot([name], seeds[measure].median(), "_", markersize=30, markeredgewidth=2, color=plot.COLOURS[1])
-            axis.tick_params(axis="x", labelsize=8)
-            axis.set_ylabel(plot.AXES[measure])
+            axis.plot([method.removeprefix("ablation-")] * len(seeds), seeds[measure], "ko", alpha=0.6)
+            axis.set(xlabel="MPR, VFC, Curv: 1 on, 0 off", ylabel=plot.AXES[measure])
     return figure
 
 
