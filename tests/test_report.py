@@ -77,9 +77,9 @@ def test_intervals_from_ten_seeds_on_with_base_resampled():
     # the interquartile mean of normal values has about 1.2 times the variance of their mean
     _, low, high = told(report.centre, values)
     assert high - low == pytest.approx(2 * 1.96 * 2 / 20 * 1.2**0.5, rel=0.15)
-    for ours in (values, np.full(10, 7.0)):  # also where only base scatters
-        share, low, high = told(report.p_lower, ours, values[:100])
-        assert 0.05 < high - low < 0.25 and low < share < high
+    for ours in (values[:20], np.full(10, 7.0)):  # also where only base scatters
+        share, low, high = told(report.p_lower, ours, values[20:40])
+        assert 0.2 < high - low < 0.6 and low < share < high
 
 
 def test_tables_show_the_seeds_and_the_papers_numbers(tmp_path, drawn):
