@@ -3,14 +3,12 @@
     python -m benchmarks.plot field BASE PAVE        the Q-gradient field, ||d2Q/dsda||_2, a surface a run
     python -m benchmarks.plot actions BASE PAVE      an episode's actions and their spectrum
     python -m benchmarks.plot curves RUN RUN ...     return, sm and episode length over training (TensorBoard files)
-    python -m benchmarks.plot tradeoff RUN RUN ...   return against sm (evaluation.json)
-    python -m benchmarks.plot noise RUN RUN ...      return and sm under observation noise (evaluation.json)
 
 Runs of one algorithm and method, as the runs themselves say, are the seeds of a group; --labels makes other groups.
-Below ten seeds each is shown, as a thin line or a dot, with their median. The first run sets axes and scale.
+Each seed is shown, as a thin line, with their median. The first run sets axes and scale. Return against sm, and both
+under observation noise, are drawn by benchmarks.report.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +19,15 @@ import tyro
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 from PIL import Image
+from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.common import Episode, Run, UserError, load_run, require, rollout, user_errors
-from benchmarks.evaluate import flat, mixed_hessians, spectral_norms
+from benchmarks.common import Episode, Run, load_run, require, rollout, user_errors
+from benchmarks.evaluate import mixed_hessians, spectral_norms
 
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000")  # Okabe-Ito: colour-blind safe
 WIDTH = 9.0  # inches; 900 px at 100 dpi
-ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
 STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (observation, normalised action) and points
 AXES = {
     "return_mean": "return per episode\n(higher is better)",
@@ -38,10 +36,8 @@ AXES = {
     "oscillation": "oscillation in env action units\n(lower is smoother)",
 }
 TAGS = {f"eval/{name.removesuffix('_mean')}": text for name, text in AXES.items()}
-FREE = {  # settings in which the seeds of a group may differ
-    "seed", "output_dir", "resume", "eval_interval", "eval_episodes", "checkpoint_interval", "cuda", "compile",
-    "cudagraphs", "torch_deterministic",
-}  # fmt: skip
+# beginnings of the settings in which the seeds of a group may differ
+FREE = ("seed", "output_dir", "resume", "eval_", "checkpoint_interval", "cuda", "compile", "torch_")
 STYLE = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 11, "font.size": 10,
     "figure.constrained_layout.use": True, "grid.color": "#e4e4e4", "legend.frameon": False,
@@ -58,6 +54,12 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
+def settings_of(run: Run) -> dict:
+    """What makes a training: all seeds of a group have the same."""
+    settings = {name: value for name, value in vars(run.args).items() if not name.startswith(FREE)}
+    return settings | {"steps trained": run.step}
+
+
 def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
     """(label, run) each. UserError for runs on different envs, or of one label with different settings."""
     require(len(paths) > 0, "give at least one run folder")
@@ -67,12 +69,11 @@ def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
     envs = sorted({run.args.env_id for run in runs})
     require(len(envs) == 1, f"the runs are on different envs ({', '.join(envs)}): plot one env at a time")
     shown = list(zip(labels or [f"{run.algorithm.upper()} {run.method}" for run in runs], runs, strict=True))
-    first = {label: vars(run.args) | {"steps trained": run.step} for label, run in reversed(shown)}
+    first = {label: settings_of(run) for label, run in reversed(shown)}
     for label, run in shown:
-        settings = vars(run.args) | {"steps trained": run.step}
-        names = (first[label].keys() | settings.keys()) - FREE
-        differing = sorted(name for name in names if first[label].get(name) != settings.get(name))
-        require(not differing, f"the runs of {label} differ in {', '.join(differing)}: tell them apart by --labels")
+        differing = {name for name, _ in first[label].items() ^ settings_of(run).items()}
+        told = ", ".join(sorted(differing))
+        require(not differing, f"the runs of {label} differ in {told}: tell them apart by --labels")
     return shown
 
 
@@ -109,59 +110,44 @@ def choose_action(env_actions: np.ndarray, dimension: int | None) -> int:
 
 
 def save(figure, output: Path) -> None:
-    """Write the figure; UserError for an extension that matplotlib doesn't know, or a folder that isn't there."""
-    try:
-        figure.savefig(output, dpi=100)
-        if output.suffix == ".png":  # a palette: a third of the size
-            Image.open(output).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --output {output}: {error}") from error
-    finally:
-        plt.close(figure)
+    """Write the figure; UserError for another extension."""
+    require(output.suffix in (".png", ".svg", ".pdf"), f"--output is {output}; it must end in .png, .svg or .pdf")
+    figure.savefig(output, dpi=100)
+    if output.suffix == ".png":  # a palette: a third of the size
+        Image.open(output).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)
+    plt.close(figure)
     print(f"wrote {output}")
 
 
-# ------------------------------------------------------------------------------------------- of evaluation.json
-
-
-def evaluations(shown) -> pd.DataFrame:
-    """A row for each run, in the columns of report.py's runs.csv; the label is the method."""
-    rows = []
-    for label, run in shown:
-        path = run.path / "evaluation.json"
-        try:
-            rows.append({"algorithm": "", "method": label} | flat(json.loads(path.read_text())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is missing or damaged: run python -m benchmarks.evaluate {run.path}") from error
-    return pd.DataFrame(rows)
+# ------------------------------------------------------------------------------------- rows of runs.csv, for the report
 
 
 def pairs_of_panels(rows: pd.DataFrame, title: str):
-    """A figure with two panels for each algorithm; and (panels, name, its rows, colour) of each method.
-
-    sm depends on the episode's length, so the name has it.
-    """
+    """A figure with two panels for each algorithm; and (panels, method, its rows) of each method."""
     algorithms, parts = list(rows.groupby("algorithm")), []
     figure, axes = plt.subplots(len(algorithms), 2, figsize=(WIDTH, 0.7 + 3.1 * len(algorithms)), squeeze=False)
     figure.suptitle(title)
     for line, (algorithm, runs) in zip(axes, algorithms, strict=True):
         line[0].set_title(algorithm.upper(), loc="left")
-        colours = colours_of(runs["method"])
-        for method, seeds in runs.groupby("method", sort=False):
-            length = seeds["length_mean"].median() if "length_mean" in seeds else np.nan
-            name = method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
-            parts.append((line, name, seeds, colours[method]))
+        parts += [(line, method, seeds) for method, seeds in runs.groupby("method", sort=False)]
     return figure, parts
+
+
+def with_length(method: str, seeds: pd.DataFrame) -> str:
+    """The method's name in a legend: sm depends on the episode's length, so the name has it."""
+    length = seeds["length_mean"].median()
+    return method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
 
 
 def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     """Return against sm and oscillation: a dot is a seed, a ring their median."""
     figure, parts = pairs_of_panels(rows, title)
-    for axes, name, seeds, colour in parts:
+    colours = colours_of(rows["method"])
+    for axes, method, seeds in parts:
         for axis, measure in zip(axes, ("smoothness_mean", "oscillation"), strict=True):
-            axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colour, linewidth=0, alpha=0.7)
-            centre = seeds[[measure, "return_mean"]].median()
-            axis.plot(*centre, "o", markersize=11, markerfacecolor="none", color=colour, label=name)
+            axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colours[method], linewidth=0, alpha=0.7)
+            ring = {"markersize": 11, "markerfacecolor": "none", "color": colours[method]}
+            axis.plot(*seeds[[measure, "return_mean"]].median(), "o", label=with_length(method, seeds), **ring)
             axis.set(xlabel=AXES[measure], ylabel=AXES["return_mean"])
             axis.set_xlim(0, 1.08 * axis.dataLim.xmax)
         axes[0].legend(fontsize=8)
@@ -169,43 +155,29 @@ def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 
 
 def draw_seeds(axis, x, values: np.ndarray, colour: str, label: str) -> None:
-    """values (seeds, len(x)): their median, and below ENOUGH seeds each as a thin line, else the middle half."""
+    """values (seeds, len(x)): their median, and each as a thin line."""
     axis.plot(x, np.median(values, axis=0), color=colour, label=label, linewidth=2)
-    if len(values) >= ENOUGH:
-        axis.fill_between(x, *np.quantile(values, (0.25, 0.75), axis=0), color=colour, alpha=0.2, linewidth=0)
-    elif len(values) > 1:
+    if len(values) > 1:
         axis.plot(x, values.T, color=colour, linewidth=0.8, alpha=0.4)
 
 
 def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure | None:
     """Return and sm against the noise on what the policy sees; None where no run has any."""
-    levels = sorted(float(name.partition("@")[2]) for name in rows if name.startswith("return_mean@"))
+    measured = rows.dropna(axis=1, how="all")
+    levels = sorted(float(name.partition("@")[2]) for name in measured if name.startswith("return_mean@"))
     if not levels:
         return None
     figure, parts = pairs_of_panels(rows, title)
-    for axes, name, seeds, colour in parts:
+    colours = colours_of(rows["method"])
+    for axes, method, seeds in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             curves = seeds[[measure, *(f"{measure}@{level:g}" for level in levels)]].dropna().to_numpy(float)
             if len(curves):
-                draw_seeds(axis, (0, *levels), curves, colour, name)
+                draw_seeds(axis, (0, *levels), curves, colours[method], with_length(method, seeds))
             axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=AXES[measure])
         axes[0].legend(fontsize=8)
         axes[1].set_ylim(bottom=0)
     return figure
-
-
-def tradeoff(runs: Paths, /, labels: Labels = (), output: Output = Path("tradeoff.png")) -> None:
-    """Return against sm and oscillation, from evaluation.json: a dot is a seed, a ring their median."""
-    shown = open_runs(runs, labels)
-    save(tradeoff_figure(evaluations(shown), f"{shown[0][1].args.env_id}: return against smoothness"), output)
-
-
-def noise(runs: Paths, /, labels: Labels = (), output: Output = Path("noise.png")) -> None:
-    """Return and sm against noise on what the policy sees, from evaluation.json."""
-    shown = open_runs(runs, labels)
-    figure = noise_figure(evaluations(shown), f"{shown[0][1].args.env_id}: the policy under observation noise")
-    require(figure is not None, "no evaluation.json of these runs has noise: run python -m benchmarks.evaluate again")
-    save(figure, output)
 
 
 # ------------------------------------------------------------------------------------------------------- curves
@@ -280,9 +252,8 @@ def actions(
         trace.set_ylabel(f"action {dimension}")
         frequencies, amplitudes = spectrum(env_actions)
         spectra.plot(frequencies, amplitudes, color=colours[label], alpha=0.25, linewidth=0.8)
-        window = np.full(w := max(1, len(env_actions) // 100), 1 / w)  # 0.01 cycles per step
-        smooth = [np.convolve(part, window, "valid") for part in (frequencies, amplitudes)]
-        spectra.plot(*smooth, color=colours[label], label=label)
+        smooth = uniform_filter1d(amplitudes, max(1, len(env_actions) // 100))  # over 0.01 cycles per step
+        spectra.plot(frequencies, smooth, color=colours[label], label=label)
     trace.set_xlabel("step")
     spectra.set(yscale="log", xlabel="frequency (cycles per step)", ylabel="amplitude, mean over actions")
     spectra.legend()
@@ -338,7 +309,7 @@ def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: `arguments`, or the program's own."""
-    commands = {function.__name__: function for function in (field, actions, curves, tradeoff, noise)}
+    commands = {function.__name__: function for function in (field, actions, curves)}
     with user_errors(), plt.rc_context(STYLE):
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
 

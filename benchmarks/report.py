@@ -3,20 +3,13 @@
     python -m benchmarks.report benchmarks/results/report/runs.csv --output benchmarks/results/report
     python -m benchmarks.report OLD/runs.csv runs/sweep --output NEW
 
-An input is an earlier report's runs.csv or a sweep's folder, whose runs have an evaluation.json (benchmarks.evaluate).
-Where two inputs have a run, the later one counts; a run without a result stays in runs.csv, with the reason. The report
-is made from the runs.csv that it writes, and from nothing else. All files in --output:
-
-    report.md     the summary over the envs, then a section for each env
-    runs.csv      a row for each run: what it measured, and how it was made
-    methods.csv   a row for each method and measure: seeds, median, lowest, highest
-    pairs.csv     a row for each two methods: the share of pairs of seeds in which the first is smoother, or better
+An input is an earlier report's runs.csv or a folder of runs that have an evaluation.json (benchmarks.evaluate), such as
+a sweep's. Where two inputs have a run, the later one counts; a run without a result stays in runs.csv, with the reason.
+--output gets report.md, its figures, and runs.csv, a row for each run: what it measured, and how it was made. The
+report is made from the runs.csv that it writes, and from nothing else.
 """
 
-import itertools
-import json
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +22,26 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks import plot
-from benchmarks.common import ROOT, Run, UserError, load_run, read_json, require, user_errors
+from benchmarks.common import UserError, load_run, read_json, require, user_errors
 from benchmarks.evaluate import flat
 
 CELL = ["env_id", "steps", "algorithm", "method"]  # whose rows are seeds of one thing
 KEY = [*CELL, "seed"]
-MEASURES = ["return_mean", "smoothness_mean", "length_mean", "oscillation"]
-HEADINGS = ["return", "sm", "episode length", "oscillation"]
-CRITIC = {"M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation"}
-CRITIC |= {"return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1"}
+RESULTS = {  # heading: column of runs.csv
+    "return": "return_mean", "sm": "smoothness_mean", "episode length": "length_mean", "oscillation": "oscillation",
+}  # fmt: skip
+CRITIC = {
+    "M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation",
+    "return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1",
+}  # fmt: skip
+OTHERS = ["return_std", "evaluations", "good_evaluations"]  # what else the report tells
 EVALUATED = ["episodes", "version", "noise_reference"]  # how
 TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
-COMPARED = {"base", "pave", "auto"}  # the mean over the envs is over those that have them all
-FIXED_LENGTHS = {"Pendulum": 200, "Reacher": 50, "HalfCheetah": 1000, "Swimmer": 1000}  # nothing ends an episode early
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
+ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
 UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 DASH = "\u2013"
+SHARE = "{:.2f}".format
 
 NOTES = """A run is one number: the mean over its evaluation episodes (deterministic policy, the same starts for every
 run). What is shown is the scatter over seeds; how much the starts matter is said in each section.
@@ -65,19 +62,17 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
 - **k = 0.1**: observation noise of ±0.1 standard deviations of what `noise_reference` in runs.csv visits; in version 1
   of the evaluation, of what the run itself visits.
 - **paper**: its own numbers, after 100,000 steps on Pendulum, 500,000 on LunarLander and Reacher, else 1,000,000.
-- Everything else: [methods.csv](methods.csv) (every measure), [pairs.csv](pairs.csv) (every two methods),
-  [runs.csv](runs.csv) (every run, with its command, commit and machine)."""
+- Everything else that was measured, with each run's command, commit and machine: [runs.csv](runs.csv)."""
 
 SUMMARY = """Median of the method's seeds over median of base's; below 1 is smoother. In brackets: over all pairs of a
-seed of the method and one of base, so that base's column shows how much base itself scatters. The mean (geometric, all
-envs weigh alike) is over the envs that have base, pave and auto. \\*: episode lengths differ or were not recorded, so
-sm isn't comparable; not in the mean."""
+seed of the method and one of base, so that base's column shows how much base itself scatters. There is no mean over the
+envs: few have the same methods. \\*: episode lengths differ or were not recorded, so sm isn't comparable."""
 
 
 @dataclass
 class Args:
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """runs.csv files of earlier reports, and sweep folders"""
+    """runs.csv files of earlier reports, and folders of runs"""
     output: Path = Path("report")
     """folder for what is written; made if it isn't there"""
 
@@ -87,29 +82,18 @@ class Args:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """A runs.csv; UserError where it is none, or a number in it isn't one."""
+    numbers = {"seed": int, "steps": int, "return_mean": float, "smoothness_mean": float}
     try:
-        rows = pd.read_csv(path, dtype={"commit": str})
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    numbers = ["seed", "steps", "return_mean", "smoothness_mean"]
-    lacking = sorted({*KEY, *numbers} - set(rows))
-    require(not lacking, f"{path} is no runs.csv of a report: it lacks {', '.join(lacking)}")
-    rows["missing"] = rows.get("missing", pd.Series(dtype=object)).astype(object)
-    rows[numbers] = rows[numbers].apply(pd.to_numeric, errors="coerce")
-    bad = rows[KEY].isna().any(axis=1) | rows["missing"].isna() & rows[numbers].isna().any(axis=1)
-    line = bad.idxmax() + 2 if len(bad) else 0
-    require(not bad.any(), f"{path}, line {line}: a run's name, return or sm is empty or not a number")
+        rows = pd.read_csv(path, dtype=numbers | {"missing": object, "commit": str})
+        empty = rows[[*KEY, *numbers]].isna()
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"cannot read {path}, no runs.csv of a report: {' '.join(str(error).split())}") from error
+    if "missing" not in rows:
+        rows["missing"] = None
+    bad = empty[KEY].any(axis=1) | rows["missing"].isna() & empty.any(axis=1)
+    lines = " ".join(map(str, rows.index[bad] + 2))
+    require(not bad.any(), f"{path}, line {lines}: a run's name, return or sm is empty")
     return rows
-
-
-def command_of(run: Run) -> str:
-    """The command that gives a run its settings."""
-    defaults, words = vars(run.script.Args()), ["python", f"{run.script.SCRIPT}.py"]
-    for name, value in vars(run.args).items():
-        if value is not None and value != defaults.get(name):
-            flag = name.replace("_", "-")
-            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return shlex.join(words)
 
 
 def read_run(path: Path) -> dict:
@@ -117,50 +101,49 @@ def read_run(path: Path) -> dict:
     run = load_run(path, need_critic=False)
     row = {"env_id": run.args.env_id, "steps": run.args.total_timesteps, "algorithm": run.algorithm}
     row |= {"method": run.method, "seed": run.args.seed}
-    files, evaluation = (path / "summary.json", path.parent / "cell.json"), read_json(path / "evaluation.json")
-    summary, cell = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
+    files = (path / "summary.json", path / "evaluation.json", path.parent / "cell.json")
+    summary, evaluation, cell = map(read_json, files)
     if summary.get("steps") != row["steps"]:
         return row | {"missing": f"stopped at step {run.step:,}"}
     if not evaluation:
         return row | {"missing": "not evaluated (benchmarks.evaluate)"}
-    row |= flat(evaluation)
-    row |= {name: cell.get(name, summary.get(name)) for name in TRAINED}
+    row |= flat(evaluation) | {name: cell.get(name, summary.get(name)) for name in TRAINED}
+    if not row["command"]:  # not of a sweep
+        defaults = vars(run.script.Args())
+        own = {k: v for k, v in plot.settings_of(run).items() if v not in (None, defaults.get(k))}
+        row["command"] = f"{run.script.SCRIPT}.py with {own}"
     if least := GOOD_RETURNS.get(run.args.env_id):
         returns = plot.read_curve(run, "eval/return").loc[row["steps"] / 2 + 1 :]  # of the training's second half
         row |= {"evaluations": len(returns), "good_evaluations": (returns >= least).sum()}
-    return row | {"command": row["command"] or command_of(run)}
+    return row
 
 
-def read_sweep(folder: Path) -> pd.DataFrame:
-    """A row for each run in the cells of a sweep; what can't be read is told and left out."""
+def read_folder(folder: Path) -> pd.DataFrame:
+    """A row for each run in a folder, however deep; what can't be read is told and left out."""
     rows = []
-    for path in sorted({file.parent for file in folder.glob("*/*/*.pt")}):
+    for path in sorted({file.parent for file in folder.rglob("*.pt")}):
         try:
             rows.append(read_run(path))
-        except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except Exception as error:  # whatever it is, the other runs count
             print(f"warning: {path} is left out: {' '.join(str(error).split())}", file=sys.stderr)
-    require(len(rows) > 0, f"{folder} is no sweep: it has no <cell>/<run>/checkpoint.pt or actor.pt that can be read")
+    require(len(rows) > 0, f"{folder} has no run folder with a checkpoint.pt or actor.pt that can be read")
     return pd.DataFrame(rows)
-
-
-def order(column: pd.Series) -> pd.Series:
-    """The sort key of a column: methods in the order base, pave, ..., then the ablation's."""
-    return column.map(lambda value: f"{plot.METHODS.index(value)}" if value in plot.METHODS else value)
 
 
 def read_inputs(paths) -> pd.DataFrame:
     """Every run once, in order; a later input counts, but what has no result doesn't replace a result."""
-    tables = [read_sweep(path) if path.is_dir() else read_csv(path) for path in paths]
+    tables = [read_folder(path) if path.is_dir() else read_csv(path) for path in paths]
     done = any("return_mean" in table for table in tables)
     require(done, f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
     rows = pd.concat(tables, ignore_index=True).sort_values("missing", na_position="last", kind="stable")
     if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
-    rows = rows.drop_duplicates(KEY, keep="last").astype(dict.fromkeys(("seed", "steps"), int))
+    rows = rows.drop_duplicates(KEY, keep="last")
     others = [name for name in rows if name not in [*KEY, *EVALUATED, *TRAINED, "step"]]
-    rows = rows.reindex(columns=dict.fromkeys([*KEY, *EVALUATED, *MEASURES, *others, *TRAINED]))
-    env = rows["env_id"].str.extract(r"(?:.*:)?([A-Za-z]+)")[0]
-    return rows.fillna({"length_mean": env.map(FIXED_LENGTHS), "version": 1}).sort_values(KEY, key=order)
+    columns = [*KEY, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
+    rows = rows.reindex(columns=dict.fromkeys(columns)).fillna({"version": 1})
+    order = {method: str(i) for i, method in enumerate(plot.METHODS)}  # base, pave, ..., then the ablation's
+    return rows.sort_values(KEY, key=lambda column: column.replace(order))
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -168,29 +151,14 @@ def read_inputs(paths) -> pd.DataFrame:
 
 def centre(values, axis: int = -1):
     """The median; from ENOUGH seeds on the interquartile mean, without the lowest and the highest quarter."""
-    many = np.shape(values)[axis] >= plot.ENOUGH
+    many = np.shape(values)[axis] >= ENOUGH
     return stats.trim_mean(values, 0.25, axis=axis) if many else np.median(values, axis=axis)
 
 
 def p_lower(x, y, axis: int = -1):
     """P(X < Y) for a draw from each, ties counting half: over all pairs."""
-    x, y = np.expand_dims(np.moveaxis(x, axis, -1), -1), np.expand_dims(np.moveaxis(y, axis, -1), -2)
+    x, y = x[..., :, None], y[..., None, :]  # the axis is always the last
     return ((x < y) + 0.5 * (x == y)).mean(axis=(-2, -1))
-
-
-def mean_ratio(*groups, axis: int = -1):
-    """method, base, method, base, ... (a pair an env) -> geometric mean of centre / centre: all envs weigh alike."""
-    logs = [np.log(centre(values, axis=axis)) for values in groups]
-    return np.exp(np.mean(logs[::2], axis=0) - np.mean(logs[1::2], axis=0))
-
-
-def interval(groups, statistic) -> str:
-    """95 % percentile bootstrap, every group resampled by itself, base as well; "" where one has too few seeds."""
-    if min(map(len, groups)) < plot.ENOUGH:
-        return ""  # of three seeds it would be [lowest, highest], and of five it is too narrow
-    settings = {"n_resamples": 10_000, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
-    low, high = stats.bootstrap(groups, statistic, **settings).confidence_interval
-    return f" [{number(low)}, {number(high)}]"
 
 
 def number(value: float) -> str:
@@ -200,33 +168,34 @@ def number(value: float) -> str:
     return f"{value:,.{min(3, max(0, 3 - int(np.floor(np.log10(abs(value) or 1)))))}f}"
 
 
-def told(values: pd.Series) -> str:
-    """What a table shows of the seeds: see NOTES."""
-    values = values.dropna().to_numpy(float)
-    if not len(values):
+def told(statistic, *groups: pd.Series, form=number) -> str:
+    """A statistic of the seeds of each group, with how far it can be trusted: see NOTES."""
+    groups = [group.dropna().to_numpy(float) for group in groups]
+    if not all(map(len, groups)):
         return DASH
-    spread = f" ({number(values.min())} to {number(values.max())})" if np.ptp(values) else ""
-    return number(centre(values)) + (interval([values], centre) or spread)
-
-
-def told_p(ours: pd.Series, base: pd.Series) -> str:
-    """P(ours is lower than base)."""
-    groups = [ours.dropna().to_numpy(), base.dropna().to_numpy()]
-    return f"{p_lower(*groups):.2f}{interval(groups, p_lower)}" if min(map(len, groups)) else DASH
+    spread = ""
+    if min(map(len, groups)) >= ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
+        settings = {"method": "percentile", "rng": np.random.default_rng(0)}
+        low, high = stats.bootstrap(groups, statistic, **settings).confidence_interval  # base is resampled, too
+        spread = f" [{form(low)}, {form(high)}]"
+    elif len(groups) == 1 and np.ptp(groups[0]):
+        spread = f" ({form(groups[0].min())} to {form(groups[0].max())})"
+    return form(statistic(*groups)) + spread
 
 
 # -------------------------------------------------------------------------------------------------------- tables
 
 
 def markdown(lines: list[dict]) -> str:
-    return pd.DataFrame(lines, dtype=object).fillna(DASH).to_markdown(index=False, disable_numparse=True)
+    """The lines as a table, without the columns that have nothing."""
+    cells = pd.DataFrame(lines, dtype=object).fillna(DASH)
+    return cells.loc[:, (cells != DASH).any()].to_markdown(index=False, disable_numparse=True)
 
 
 def paper(env_id: str) -> dict[tuple, str]:
     """(algorithm, method) -> the paper's return and sm, on an env; {} where it has none."""
-    results, ablation = (
-        pd.read_csv(Path(__file__).parent / "paper" / f"paper_{name}.csv", dtype=str) for name in ("tables", "ablation")
-    )
+    folder = Path(__file__).parent / "paper"
+    results, ablation = (pd.read_csv(folder / f"paper_{name}.csv", dtype=str) for name in ("tables", "ablation"))
     ablation["method"] = "ablation-" + ablation["mpr"] + ablation["vfc"] + ablation["curv"]
     rows = pd.concat([results, ablation])
     rows = rows[rows["env"] == re.sub(r"(Continuous)?(-v\d+)?$", "", env_id)]
@@ -251,163 +220,94 @@ def unequal_lengths(rows: pd.DataFrame) -> str:
 def tables(rows: pd.DataFrame) -> str:
     """The results of one env and number of steps, then what the claims need."""
     env_id, results, critics = rows["env_id"].iloc[0], [], []
-    quoted = paper(env_id)
+    quoted, good_return = paper(env_id), GOOD_RETURNS.get(env_id)
     for algorithm, runs in rows.groupby("algorithm"):
         methods = dict(list(runs.groupby("method", sort=False)))
         base = methods.get("base", methods.get("ablation-000", runs[:0]))
         for method, every in methods.items():
             seeds, name = every[every["missing"].isna()], {"": f"{algorithm.upper()} {method}"}
             line = name | {"seeds": f"{len(seeds)}" + f" of {len(every)}" * (len(seeds) < len(every))}
-            line |= {heading: told(seeds[measure]) for heading, measure in zip(HEADINGS, MEASURES, strict=True)}
+            line |= {heading: told(centre, seeds[measure]) for heading, measure in RESULTS.items()}
+            than = runs[:0] if every is base else base
             for heading, measure in {"P(smoother)": "smoothness_mean", "P(calmer)": "oscillation"}.items():
-                line[heading] = DASH if every is base else told_p(seeds[measure], base[measure])
-            if env_id in GOOD_RETURNS and rows.get("evaluations", pd.Series(dtype=float)).any():
+                line[heading] = told(p_lower, seeds[measure], than[measure], form=SHARE)
+            if good_return:
                 good, of = seeds[["good_evaluations", "evaluations"]].sum()
-                line[f"evaluations ≥ {GOOD_RETURNS[env_id]:,}"] = f"{good:g} of {of:g}" if of else DASH
-            results.append(line | ({"paper: return, sm": quoted.get((algorithm, method))} if quoted else {}))
-            measured = {heading: m for heading, m in CRITIC.items() if m in rows and rows[m].notna().any()}
-            critics.append(name | {heading: told(seeds[m]) for heading, m in measured.items()})
-    return "\n\n".join(map(markdown, (results, critics)))
+                line[f"evaluations ≥ {good_return:,}"] = f"{good:g} of {of:g}" if of else DASH
+            results.append(line | {"paper: return, sm": quoted.get((algorithm, method))})
+            critics.append(name | {heading: told(centre, seeds[measure]) for heading, measure in CRITIC.items()})
+    return f"{markdown(results)}\n\n{markdown(critics)}"
 
 
 def summary(rows: pd.DataFrame, measure: str) -> str:
-    """The measure over base's: a line for each env at its largest number of steps, then the mean over common envs."""
-    rows = rows[rows["method"].isin(plot.METHODS) & rows[measure].notna()]
-    rows = rows[rows["steps"] == rows.groupby(["algorithm", "env_id"])["steps"].transform("max")]
-    lines = []
-    for algorithm, runs in rows.groupby("algorithm"):
-        common = []
-        for env_id, part in runs.groupby("env_id"):
-            seeds = {method: some[measure].to_numpy() for method, some in part.groupby("method")}
-            if len(seeds) < 2 or "base" not in seeds:
-                continue
-            comparable, base = measure != "smoothness_mean" or not unequal_lengths(part), seeds["base"]
-            line = {"": f"{algorithm.upper()} {env_id}" + " *" * (not comparable)} | dict.fromkeys(plot.METHODS)
-            for method, ours in seeds.items():
-                low, high = ours.min() / base.max(), ours.max() / base.min()
-                line[method] = f"{centre(ours) / centre(base):.2f} ({low:.2f} to {high:.2f})"
-            lines.append(line)
-            common += [seeds] if comparable and seeds.keys() >= COMPARED else []
-        if len(common) > 1:
-            line = {"": f"**{algorithm.upper()}, mean over {len(common)} envs**"}
-            for method in set.intersection(*map(set, common)):
-                groups = [seeds[name] for seeds in common for name in (method, "base")]
-                line[method] = f"**{mean_ratio(*groups):.2f}{interval(groups, mean_ratio)}**"
-            lines.append(line)
-    return markdown(lines) if lines else ""
+    """The measure over base's: a line for each env at its largest number of steps."""
+    rows, lines = rows[rows["method"].isin(plot.METHODS) & rows[measure].notna()], []
+    for (algorithm, env_id), runs in rows.groupby(["algorithm", "env_id"]):
+        runs = runs[runs["steps"] == runs["steps"].max()]
+        seeds = dict(list(runs.groupby("method")[measure]))
+        if len(seeds) < 2 or "base" not in seeds:
+            continue
+        comparable, base = measure != "smoothness_mean" or not unequal_lengths(runs), seeds["base"]
+        line = {"": f"{algorithm.upper()} {env_id}" + " *" * (not comparable)} | dict.fromkeys(plot.METHODS)
+        for method, ours in seeds.items():
+            low, high = ours.min() / base.max(), ours.max() / base.min()
+            line[method] = f"{centre(ours) / centre(base):.2f} ({low:.2f} to {high:.2f})"
+        lines.append(line)
+    return markdown(lines)
 
 
 def different_settings(rows: pd.DataFrame) -> list[str]:
     """A line for each cell whose seeds had not all the same command (but for seed and folders) and evaluation."""
-    own = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)"
-    made = "`" + rows["command"].fillna("not recorded").str.replace(own, "", regex=True) + "`, evaluated over "
-    made += rows["episodes"].map("{:g} episodes, ".format) + rows["version"].map("version {:g}".format)
-    rows, lines = rows.assign(made=made), []
-    for (env_id, steps, algorithm, method), seeds in rows.groupby(CELL, sort=False):
-        if seeds["made"].nunique() > 1:
-            sides = [f"seeds {' '.join(map(str, some))}: {made}" for made, some in seeds.groupby("made")["seed"]]
+    own, lines = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)", []
+    rows = rows.assign(made=rows["command"].fillna("not recorded").str.replace(own, "", regex=True))
+    for (env_id, steps, algorithm, method), runs in rows.groupby(CELL, sort=False):
+        sides = []
+        for (made, episodes, version), seeds in runs.groupby(["made", "episodes", "version"], dropna=False)["seed"]:
+            how = f"`{made}`, evaluated over {episodes:g} episodes, version {version:g}"
+            sides.append(f"seeds {' '.join(map(str, seeds))}: {how}")
+        if len(sides) > 1:
             lines.append(f"- {algorithm.upper()} {method} on {env_id}, {steps:,} steps: {'; '.join(sides)}")
     return lines
-
-
-def write_statistics(rows: pd.DataFrame, folder: Path) -> None:
-    """methods.csv and pairs.csv."""
-    measures = rows.drop(columns=[*KEY, *EVALUATED]).select_dtypes("number")
-    long = rows[CELL].join(measures).melt(CELL, var_name="measure").dropna().groupby([*CELL, "measure"], sort=False)
-    table = long["value"].agg(seeds="count", median="median", lowest="min", highest="max")
-    table.to_csv(folder / "methods.csv", float_format="%.6g", lineterminator="\n")
-    pairs = []
-    for (env_id, steps, algorithm), part in rows.groupby(CELL[:-1]):
-        for (ours, x), (than, y) in itertools.permutations(part.groupby("method", sort=False), 2):
-            line = dict(zip([*CELL, "than"], (env_id, steps, algorithm, ours, than), strict=True))
-            for name, measure in {"smoother": "smoothness_mean", "calmer": "oscillation"}.items():
-                line[f"P({name})"] = p_lower(x[measure].to_numpy(), y[measure].to_numpy())
-            line["P(higher return)"] = p_lower(y["return_mean"].to_numpy(), x["return_mean"].to_numpy())
-            pairs.append(line | {"pairs": len(x) * len(y)})
-    pd.DataFrame(pairs).to_csv(folder / "pairs.csv", index=False, float_format="%.6g", lineterminator="\n")
 
 
 # ------------------------------------------------------------------------------------------- figures and sections
 
 
 def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
-    """Return and sm with each set of losses: a dot is a seed, a bar their median."""
-    algorithms = list(rows.groupby("algorithm"))
-    figure, axes = plt.subplots(len(algorithms), 2, figsize=(plot.WIDTH, 0.7 + 3 * len(algorithms)), squeeze=False)
-    for line, (algorithm, runs) in zip(axes, algorithms, strict=True):
-        for axis, measure in zip(line, MEASURES, strict=False):
-            for method, seeds in runs.groupby("method"):
-                digits = method.removeprefix("ablation-")
-                names = [name for name, on in zip(("MPR", "VFC", "Curv"), digits, strict=False) if on == "1"]
-                name = "\n".join(names) or "none" if digits != method else method
-                axis.scatter([name] * len(seeds), seeds[measure], s=14, color="black")
-                axis.plot([name], seeds[measure].median(), "_", markersize=30, markeredgewidth=2, color=plot.COLOURS[1])
-            axis.tick_params(axis="x", labelsize=8)
-            axis.set(title=algorithm.upper(), ylabel=plot.AXES[measure])
-    figure.suptitle(title)
-    return figure
-
-
-def saturation_figure(rows: pd.DataFrame) -> plt.Figure | None:
-    """How much of base's actions is at a limit against what a method gains: a mark for each method and env."""
-    if "saturation" not in rows:
-        return None
-    gains = {"smoothness_mean": "sm / base's sm", "oscillation": "oscillation / base's oscillation"}
-    medians = rows[rows["method"].isin(plot.METHODS)].groupby(CELL, as_index=False)[["saturation", *gains]].median()
-    is_base, suffixes = medians["method"] == "base", ("", "_base")
-    points = medians[~is_base].merge(medians[is_base], on=CELL[:-1], suffixes=suffixes).dropna(subset="saturation_base")
-    if points.empty:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(plot.WIDTH, 4))
-    colours = plot.colours_of(plot.METHODS)
-    for axis, (measure, label) in zip(axes, gains.items(), strict=True):
-        points["gain"] = points[measure] / points[f"{measure}_base"]
-        for (algorithm, method), part in points.groupby(["algorithm", "method"]):
-            look = {"edgecolor": colours[method], "facecolor": colours[method] if algorithm == "sac" else "none"}
-            axis.scatter(part["saturation_base"], part["gain"], label=f"{algorithm.upper()} {method}", **look)
-        for point in points.drop_duplicates(["env_id", "algorithm"]).itertuples():
-            name, place = re.sub(r"^.*:|-v\d+$", "", point.env_id), (point.saturation_base, point.gain)
-            axis.annotate(name, place, (0, 7), textcoords="offset points", ha="center", fontsize=7)
-        axis.axhline(1, color="#999999", linewidth=0.8)
-        axis.set(xlabel="saturation of base's actions", ylabel=f"{label}\n(below 1: smoother)")
-        axis.margins(0.25, 0.1)
-    axes[1].legend(fontsize=8)
-    figure.suptitle("What base saturates, and what a method gains (medians)")
+    """Return and sm with each set of losses: a dot is a seed."""
+    figure, parts = plot.pairs_of_panels(rows, title)
+    for axes, method, seeds in parts:
+        for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
+            axis.plot([method.removeprefix("ablation-")] * len(seeds), seeds[measure], "ko", alpha=0.6)
+            axis.set(xlabel="MPR, VFC, Curv: 1 on, 0 off", ylabel=plot.AXES[measure])
     return figure
 
 
 def section(rows: pd.DataFrame, folder: Path) -> list[str]:
     """The tables and figures of one env and number of steps."""
     env_id, steps = rows[["env_id", "steps"]].iloc[0]
-    title = f"{env_id}, {steps:,} steps"
-    done, parts = rows[rows["missing"].isna()], [f"## {title}"]
+    title, done = f"{env_id}, {steps:,} steps", rows[rows["missing"].isna()]
     if done.empty:
         return []
-    ablation = done["method"].str.startswith("ablation")
-
-    def show(figure, kind, text):
-        if figure:
-            name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
-            plot.save(figure, folder / name)
-            parts.append(f"![{text}]({name})")
-
-    if "return_std" in done and (error := (done["return_std"] / done["episodes"] ** 0.5).median()) > 0:
+    parts = [f"## {title}"]
+    if (error := (done["return_std"] / done["episodes"] ** 0.5).median()) > 0:
         parts.append(f"Other starts would move a run's mean return by some ±{number(error)} (standard error).")
     parts.append(unequal_lengths(done))
     if done["noise_reference"].nunique(dropna=False) > 1:
         parts.append("The observation noise differs between runs here (`noise_reference`): **don't compare it**.")
     parts.append(tables(rows))
+    ablation, figures = done["method"].str.startswith("ablation"), {}
     if done[~ablation]["method"].nunique() > 1:
-        show(plot.tradeoff_figure(done[~ablation], title), "tradeoff", "return against sm and oscillation")
-        show(plot.noise_figure(done[~ablation], title), "noise", "return and sm under observation noise")
+        figures["tradeoff"] = plot.tradeoff_figure(done[~ablation], title)
+        figures["noise"] = plot.noise_figure(done[~ablation], title)
     if ablation.any():
-        show(ablation_figure(done, title), "ablation", "return and sm with each set of losses")
+        figures["ablation"] = ablation_figure(done, title)
+    for kind, figure in figures.items():
+        if figure:
+            name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
+            plot.save(figure, folder / name)
+            parts.append(f"![{kind}]({name})")
     return [part for part in parts if part]
-
-
-def link(heading: str) -> str:
-    """A line of the contents; the anchor as GitHub makes it."""
-    return f"- [{heading}](#{re.sub(r'[^a-z0-9_ -]', '', heading.lower()).replace(' ', '-')})"
 
 
 def main(args: Args) -> None:
@@ -416,25 +316,17 @@ def main(args: Args) -> None:
     rows.to_csv(folder / "runs.csv", index=False, float_format="%.6g", lineterminator="\n")  # 6 digits: small diffs
     rows = read_csv(folder / "runs.csv")
     done, gone = rows[rows["missing"].isna()], rows[rows["missing"].notna()]
-    write_statistics(done, folder)
-    parts = ["## Summary: sm and oscillation over base's, env by env", SUMMARY]
-    for heading, measure in {"sm:": "smoothness_mean", "Oscillation:": "oscillation"}.items():
-        parts += [heading, summary(done, measure)]
+    command = f"python -m benchmarks.report {folder}/runs.csv --output {folder}"
+    parts = ["# Our runs, and the paper's numbers beside them", f"Made by `{command}`.", NOTES]
+    parts += ["## Summary: sm and oscillation over base's, env by env", SUMMARY]
+    parts += ["sm:", summary(done, "smoothness_mean"), "Oscillation:", summary(done, "oscillation")]
     with plt.rc_context(plot.STYLE):
-        if figure := saturation_figure(done):
-            plot.save(figure, folder / "saturation.png")
-            parts.append("![saturation of base's actions against what a method gains](saturation.png)")
         for _, part in rows.groupby(["env_id", "steps"]):
             parts += section(part, folder)
-    lines = different_settings(done)
-    parts += ["## Seeds trained or evaluated differently", "\n".join(lines) or "None."]
+    parts += ["## Seeds trained or evaluated differently", "\n".join(different_settings(done)) or "None."]
     lines = [f"- {r.algorithm.upper()} {r.method} on {r.env_id}, seed {r.seed}: {r.missing}" for r in gone.itertuples()]
     parts += ["## Runs without a result", "\n".join(lines) or "None."]
-    where = folder.resolve().relative_to(ROOT) if folder.resolve().is_relative_to(ROOT) else folder
-    command = shlex.join(["python", "-m", "benchmarks.report", f"{where}/runs.csv", "--output", f"{where}"])
-    contents = "\n".join(link(part.removeprefix("## ")) for part in parts if part.startswith("## "))
-    head = ["# Our runs, and the paper's numbers beside them", f"Made by `{command}`.", contents, NOTES]
-    (folder / "report.md").write_text("\n\n".join([*head, *parts]) + "\n")
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print(f"wrote {folder / 'report.md'}: {len(done)} runs, {len(gone)} without a result")
 
 

@@ -1,14 +1,16 @@
 """benchmarks/plot.py and video.py: groups, seeds, the field, videos from one start, one line on bad input."""
 
+import dataclasses
 import importlib
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from make_run import BASE, LEVELS, make_run
+from make_run import BASE, make_run
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3
@@ -18,17 +20,13 @@ pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
 from benchmarks import plot
 from benchmarks.common import load_run
 
-COMMANDS = ("field", "actions", "curves", "tradeoff", "noise")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run folders by name; their folders' names tell nothing."""
-    untuned = dict(zip(sac.LAMBDAS, sac.UNTUNED_LAMBDAS, strict=True))
     settings = {
         "base": BASE, "base_2": BASE | {"seed": 2, "returns": (0.0, 0.0, -101.0)}, "pave": {},
-        "base_slow": BASE | {"q_lr": 1e-4}, "untuned": untuned, "auto": {"autotune_curv": True},
-        "other": BASE | {"env_id": "MountainCarContinuous-v0"},
+        "base_slow": BASE | {"q_lr": 1e-4}, "other": BASE | {"env_id": "MountainCarContinuous-v0"},
     }  # fmt: skip
     root = tmp_path_factory.mktemp("runs")
     runs = {name: make_run(root / str(i), sac, **values) for i, (name, values) in enumerate(settings.items())}
@@ -57,7 +55,7 @@ def fails(capsys, program, *arguments) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["field", "actions", "curves"])
 def test_each_command_draws(command, runs, tmp_path):
     run_command(plot, command, runs["base"], runs["pave"], "--output", tmp_path / "figure.png")
     picture = plot.plt.imread(tmp_path / "figure.png")
@@ -65,11 +63,12 @@ def test_each_command_draws(command, runs, tmp_path):
 
 
 def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(runs, figures, capsys):
-    names = ("base", "base_2", "pave", "untuned", "auto", "td3")
-    labels = [label for label, _ in plot.open_runs([runs[name] for name in names])]
-    assert labels == ["SAC base", "SAC base", "SAC pave", "SAC untuned", "SAC auto", "TD3 base"]
+    labels = [label for label, _ in plot.open_runs([runs[name] for name in ("base", "base_2", "pave", "td3")])]
+    assert labels == ["SAC base", "SAC base", "SAC pave", "TD3 base"]
     assert plot.colours_of(["auto"])["auto"] == plot.colours_of(["SAC base", "SAC auto"])["SAC auto"]
     assert len(set(plot.colours_of(["SAC base", "TD3 base"]).values())) == 2
+    base, other = (plot.load_run(runs[name]) for name in ("base", "base_2"))
+    assert plot.settings_of(base) == plot.settings_of(other) != plot.settings_of(dataclasses.replace(other, step=200))
     both = ("curves", runs["base"], runs["base_slow"])
     assert "SAC base differ in q_lr" in fails(capsys, plot, *both)
     assert "runs of a differ in q_lr" in fails(capsys, plot, *both, "--labels", "a", "a")
@@ -77,20 +76,22 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     assert len(figures[0].axes[0].lines) == 2
 
 
-def test_figures_show_every_seed_and_their_median_below_ten(runs, figures):
-    for command in ("curves", "tradeoff", "noise"):
-        run_command(plot, command, runs["base"], runs["base_2"], *[runs["pave"]] * (command != "curves"))
-    curves, dots, noise = (figure.axes[0] for figure in figures)
+def test_figures_show_every_seed_and_their_median(runs, figures):
+    run_command(plot, "curves", runs["base"], runs["base_2"])
+    curves = figures[0].axes[0]
     assert [[*line.get_ydata()] for line in curves.lines] == [[-150, -100, -100.5], [-300, -200, -100], [0, 0, -101]]
     assert list(curves.lines[0].get_xdata()) == [100, 200, 300] and not curves.collections
     assert [a.get_ylabel().split()[0] for a in figures[0].axes] == ["return", "sm", "steps"]  # the length beside sm
-    assert dots.collections[0].get_offsets().tolist() == [[0.1, -100], [0.1, -101]]
-    assert np.ravel(dots.lines[0].get_data()).tolist() == [0.1, -100.5]
-    assert dots.get_legend().get_texts()[0].get_text() == "SAC base (200 steps)"
-    x, y = noise.lines[0].get_data()
-    assert x == pytest.approx([0, *LEVELS]) and y == pytest.approx([-100.5 - k for k in (0, *LEVELS)])
-    plot.draw_seeds(axis := plot.plt.figure().gca(), [0, 1, 2], np.arange(33.0).reshape(11, 3) ** 2, "k", "many")
-    assert len(axis.lines) == 1 and len(axis.collections) == 1 and [*axis.lines[0].get_ydata()] == [225, 256, 289]
+    values = np.array([1.0, 2.0, 9.0])
+    rows = {f"{name}@{k}": values + k for name in ("return_mean", "smoothness_mean") for k in (0.1, 0.05)}
+    rows |= {"return_mean": values, "smoothness_mean": -values, "oscillation": 0.1, "length_mean": 200.0}
+    rows = pd.DataFrame(rows | {"algorithm": "sac", "method": "base"})
+    dots = plot.tradeoff_figure(rows, "").axes[0]
+    assert dots.collections[0].get_offsets().tolist() == [[-1, 1], [-2, 2], [-9, 9]]
+    assert np.ravel(dots.lines[0].get_data()).tolist() == [-2, 2]
+    assert dots.get_legend().get_texts()[0].get_text() == "base (200 steps)"
+    middle, *seeds = (line.get_xydata() for line in plot.noise_figure(rows, "").axes[0].lines)
+    assert middle == pytest.approx(np.array([[0, 2], [0.05, 2.05], [0.1, 2.1]])) and len(seeds) == 3
 
 
 def test_spectrum_of_a_sine():
@@ -141,21 +142,18 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
 
 def test_bad_runs_and_settings(runs, tmp_path, capsys):
     run, broken = runs["base"], Path(shutil.copytree(runs["base"], tmp_path / "broken"))
-    for command in COMMANDS:
+    for command in ("field", "actions", "curves"):
         assert "at least one run" in fails(capsys, plot, command)
         assert "different envs" in fails(capsys, plot, command, run, runs["other"])
     for words, arguments in {
         "2 --labels for 1 run": ("field", run, "--labels", "a", "b"), "--steps is 0": ("actions", run, "--steps", "0"),
         "--episode is -1": ("field", run, "--episode", "-1"), "--dimension is 1": ("actions", run, "--dimension", "1"),
-        "8 lines": ("tradeoff", *[run] * 8, "--labels", *"abcdefgh"),
+        "8 lines": ("curves", *[run] * 8, "--labels", *"abcdefgh"),
         "it has eval/length": ("curves", run, "--tags", "losses/lambda_curv"),
-        "figure.xyz": ("tradeoff", run, "--output", tmp_path / "figure.xyz"),
-        "nowhere": ("tradeoff", run, "--output", tmp_path / "nowhere" / "figure.png"),
+        "figure.xyz": ("curves", run, "--output", tmp_path / "figure.xyz"),
+        "nowhere": ("curves", run, "--output", tmp_path / "nowhere" / "figure.png"),
     }.items():  # fmt: skip
         assert words in fails(capsys, plot, *arguments)
-    for content in ('{"return_mean": 1', "{}", "[]"):
-        (broken / "evaluation.json").write_text(content)
-        assert "benchmarks.evaluate" in fails(capsys, plot, "noise", broken)
     for file in broken.glob("events*"):
         os.truncate(file, 50)
     assert "eval/return" in fails(capsys, plot, "curves", broken)
