@@ -283,6 +283,29 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
+def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
+    """What each method leaves of base's oscillation (medians); the tasks by how much base saturates its actions."""
+    task = ["env_id", "algorithm"]
+    saturation = rows[rows["method"] == "base"].groupby(task)["saturation"].median().dropna().sort_values()
+    medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median").reset_index("steps")
+    medians = medians.reindex(columns=plot.METHODS)
+    figure, axis = plt.subplots(figsize=(plot.WIDTH, 4))
+    for method, colour in plot.colours_of(plot.METHODS[1:]).items():
+        for x, name in enumerate(saturation.index):
+            left = medians.loc[[name], method] / medians.loc[[name], "base"]  # a number of steps each
+            axis.scatter([x] * len(left), left, color=colour, alpha=0.8, label=method if x == 0 else None)
+    names = [re.sub(r"^.*:|(Continuous)?-v[0-9]+$", "", env_id) for env_id, _ in saturation.index]
+    ticks = [
+        f"{n}\n{a.upper()}\n{share:.1%}" for n, (_, a), share in zip(names, saturation.index, saturation, strict=True)
+    ]
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=7)
+    axis.axhline(1, color="#999999", linewidth=0.8)
+    axis.set(ylabel="oscillation / base's (below 1: smoother)", ylim=(0, None))
+    axis.legend(fontsize=8)
+    figure.suptitle("What a method leaves of base's oscillation, and the saturation of base's actions")
+    return figure
+
+
 def section(rows: pd.DataFrame, folder: Path) -> list[str]:
     """The tables and figures of one env and number of steps."""
     env_id, steps = rows[["env_id", "steps"]].iloc[0]
@@ -321,6 +344,9 @@ def main(args: Args) -> None:
     parts += ["## Summary: sm and oscillation over base's, env by env", SUMMARY]
     parts += ["sm:", summary(done, "smoothness_mean"), "Oscillation:", summary(done, "oscillation")]
     with plt.rc_context(plot.STYLE):
+        if done.loc[done["method"] == "base", "saturation"].notna().any():
+            plot.save(saturation_figure(done), folder / "saturation.png")
+            parts.append("![oscillation over base's, and the saturation of base's actions](saturation.png)")
         for _, part in rows.groupby(["env_id", "steps"]):
             parts += section(part, folder)
     parts += ["## Seeds trained or evaluated differently", "\n".join(different_settings(done)) or "None."]
