@@ -289,15 +289,14 @@ def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
     saturation = rows[rows["method"] == "base"].groupby(task)["saturation"].median().dropna().sort_values()
     medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median").reset_index("steps")
     medians = medians.reindex(columns=plot.METHODS)
-    figure, axis = plt.subplots(figsize=(plot.WIDTH, 4))
-    for method, colour in plot.colours_of(plot.METHODS[1:]).items():
-        for x, name in enumerate(saturation.index):
-            left = medians.loc[[name], method] / medians.loc[[name], "base"]  # a number of steps each
-            axis.scatter([x] * len(left), left, color=colour, alpha=0.8, label=method if x == 0 else None)
-    names = [re.sub(r"^.*:|(Continuous)?-v[0-9]+$", "", env_id) for env_id, _ in saturation.index]
-    ticks = [
-        f"{n}\n{a.upper()}\n{share:.1%}" for n, (_, a), share in zip(names, saturation.index, saturation, strict=True)
-    ]
+    (figure, axis), colours, ticks = plt.subplots(figsize=(plot.WIDTH, 4)), plot.colours_of(plot.METHODS), []
+    for x, ((env_id, algorithm), share) in enumerate(saturation.items()):
+        lines = medians.loc[[(env_id, algorithm)]]  # a number of steps each
+        for method in plot.METHODS[1:]:
+            left = lines[method] / lines["base"]
+            axis.scatter([x] * len(left), left, color=colours[method], alpha=0.8, label=method if x == 0 else None)
+        name = re.sub(r"^.*:|(Continuous)?-v[0-9]+$", "", env_id)
+        ticks.append(f"{name}\n{algorithm.upper()}\n{share:.1%}")
     axis.set_xticks(range(len(ticks)), ticks, fontsize=7)
     axis.axhline(1, color="#999999", linewidth=0.8)
     axis.set(ylabel="oscillation / base's (below 1: smoother)", ylim=(0, None))
