@@ -166,6 +166,8 @@ def test_what_is_up_to_date_is_kept(run_dir, tmp_path, capsys):
     for stale in ({"version": 1}, {"step": 7}, {"episodes": 2}):  # what made it is not what is asked
         file.write_text(json.dumps(first | {"m_mean": -1.0} | stale))
         assert evaluated() == first
+    file.write_text('{"m_mean": ')  # half written
+    assert evaluated() == first
     file.write_text(json.dumps(first | {"m_mean": -1.0}))  # up to date: no checkpoint is needed
     (run_dir / "checkpoint.pt").unlink()
     assert evaluated()["m_mean"] == -1.0
