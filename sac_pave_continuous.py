@@ -126,8 +126,7 @@ def make_env(env_id: str) -> gym.Env:
     actions, observations = env.action_space, env.observation_space
     usable = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f" and actions.is_bounded()
     require(usable, f"{env_id} has the action space {actions}; this script needs a float Box with finite bounds")
-    image = re.search(r"\d+, \d+, \d+\), uint8", str(observations))  # a Box, also inside a Dict or Tuple
-    usable = observations.is_np_flattenable and not image
+    usable = observations.is_np_flattenable and not re.search(r"\d+, \d+, \d+\), uint8", str(observations))
     require(usable, f"{env_id} observes {observations}; these networks need a vector: no images, no varying length")
     low, high = (np.float64(bound).ravel() for bound in (actions.low, actions.high))
 
@@ -299,10 +298,6 @@ class Agent(nn.Module):
         self.actor = Actor(observation_dim, action_dim)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
-        if args.autotune:
-            self.log_alpha = nn.Parameter(torch.zeros(()))
-        else:  # not in checkpoints, so that a resumed run takes a new --alpha
-            self.register_buffer("log_alpha", torch.tensor(args.alpha).log(), persistent=False)
         if args.autotune_curv:
             self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))
             self.register_buffer("gradient_scale", torch.zeros(()))
@@ -312,24 +307,32 @@ class Agent(nn.Module):
         self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True)
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, fused=True)
         if args.autotune:
+            self.log_alpha = nn.Parameter(torch.zeros((), device=device))
             self.actor_parameters.append(self.log_alpha)
             self.actor_optimizer.add_param_group({"params": [self.log_alpha], "lr": args.q_lr})
+        else:  # not in checkpoints, so that a resumed run takes a new --alpha
+            self.register_buffer("log_alpha", torch.tensor(args.alpha, device=device).log(), persistent=False)
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
             mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
-            try:
-                torch.compile(torch.sin)(torch.ones(8, device=device))  # fails where there is no C++ compiler, say
-                self.backward = torch.compile(self.backward, fullgraph=True, mode=mode)
-            except Exception as error:
-                tqdm.write(f"warning: going on without torch.compile, which fails here ({error!r:.200})", sys.stderr)
+            eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True, mode=mode)
+
+            def backward(*inputs) -> dict:
+                try:
+                    return compiled(*inputs)
+                except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or a Ctrl-C has ended it
+                    tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
+                    self.backward = eager
+                    return eager(*inputs)
+
+            self.backward = backward
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """An action (d_a,) in [-1, 1] drawn from the policy."""
         observations = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
-        noise = torch.randn(1, self.action_dim, device=self.device)
-        return self.actor.sample(observations, noise)[0][0].cpu().numpy()
+        return self.actor.sample(observations, torch.randn(1, self.action_dim, device=self.device))[0][0].cpu().numpy()
 
     def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
@@ -346,7 +349,6 @@ class Agent(nn.Module):
             self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
         with torch.no_grad():  # Polyak averaging
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, args.tau)
-
         for _ in range(args.policy_frequency if update_actor else 0):
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch, torch.randn_like(actions))
             self.actor_optimizer.step()
@@ -371,8 +373,7 @@ class Agent(nn.Module):
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
-        # of the rows that only TD uses (2, B - n); the twins come first in all that follows
-        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
+        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # (2, B - n)
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
             if args.autotune_curv:  # in units of grad_a Q; delta 1 puts the top of a paraboloid into the action box
@@ -549,7 +550,6 @@ def train(args: Args, make_agent=Agent) -> Path:
             steps_per_second = (step - start) / (time.time() - began)
             if metrics and step % LOG_INTERVAL == 0:
                 values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                require(all(map(math.isfinite, values.values())), f"step {step:,}: {DIVERGED} ({values})")
                 log(values | {"charts/SPS": steps_per_second})
             if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
                 evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)

@@ -127,8 +127,7 @@ def make_env(env_id: str) -> gym.Env:
     actions, observations = env.action_space, env.observation_space
     usable = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f" and actions.is_bounded()
     require(usable, f"{env_id} has the action space {actions}; this script needs a float Box with finite bounds")
-    image = re.search(r"\d+, \d+, \d+\), uint8", str(observations))  # a Box, also inside a Dict or Tuple
-    usable = observations.is_np_flattenable and not image
+    usable = observations.is_np_flattenable and not re.search(r"\d+, \d+, \d+\), uint8", str(observations))
     require(usable, f"{env_id} observes {observations}; these networks need a vector: no images, no varying length")
     low, high = (np.float64(bound).ravel() for bound in (actions.low, actions.high))
 
@@ -303,11 +302,17 @@ class Agent(nn.Module):
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
             mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
-            try:
-                torch.compile(torch.sin)(torch.ones(8, device=device))  # fails where there is no C++ compiler, say
-                self.backward = torch.compile(self.backward, fullgraph=True, mode=mode)
-            except Exception as error:
-                tqdm.write(f"warning: going on without torch.compile, which fails here ({error!r:.200})", sys.stderr)
+            eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True, mode=mode)
+
+            def backward(*inputs) -> dict:
+                try:
+                    return compiled(*inputs)
+                except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or a Ctrl-C has ended it
+                    tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
+                    self.backward = eager
+                    return eager(*inputs)
+
+            self.backward = backward
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
@@ -355,8 +360,7 @@ class Agent(nn.Module):
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
-        # of the rows that only TD uses (2, B - n); the twins come first in all that follows
-        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
+        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # (2, B - n)
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
             if args.autotune_curv:  # in units of grad_a Q; delta 1 puts the top of a paraboloid into the action box
@@ -528,7 +532,6 @@ def train(args: Args, make_agent=Agent) -> Path:
             steps_per_second = (step - start) / (time.time() - began)
             if metrics and step % LOG_INTERVAL == 0:
                 values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                require(all(map(math.isfinite, values.values())), f"step {step:,}: {DIVERGED} ({values})")
                 log(values | {"charts/SPS": steps_per_second})
             if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
                 evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
