@@ -6,7 +6,7 @@
 An input is an earlier report's runs.csv or a folder of runs that have an evaluation.json (benchmarks.evaluate), such as
 a sweep's. Where two inputs have a run, the later one counts; a run without a result stays in runs.csv, with the reason.
 --output gets report.md, its figures, and runs.csv, a row for each run: what it measured, and how it was made. The
-report is made from the runs.csv that it writes, and from nothing else.
+report is made from the runs.csv that it writes, and the figure of saturation from results/saturation.csv, too.
 """
 
 import re
@@ -39,6 +39,7 @@ EVALUATED = ["episodes", "version", "noise_reference"]  # how
 TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
 ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
+SATURATION = Path(__file__).parent / "results" / "saturation.csv"  # of benchmarks.evaluate --csv
 UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 DASH = "\u2013"
 SHARE = "{:.2f}".format
@@ -135,7 +136,9 @@ def read_inputs(paths) -> pd.DataFrame:
     tables = [read_folder(path) if path.is_dir() else read_csv(path) for path in paths]
     done = any("return_mean" in table for table in tables)
     require(done, f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
-    rows = pd.concat(tables, ignore_index=True).sort_values("missing", na_position="last", kind="stable")
+    rows = (
+        pd.concat(tables, ignore_index=True).infer_objects().sort_values("missing", na_position="last", kind="stable")
+    )
     if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last")
@@ -284,11 +287,16 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 
 
 def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
-    """What each method leaves of base's oscillation (medians); the tasks by how much base saturates its actions."""
+    """What each method leaves of base's oscillation (medians); the tasks by how much base saturates its actions.
+
+    Older runs have no saturation: for their tasks base was trained again, with other seeds, into SATURATION.
+    """
     task = ["env_id", "algorithm"]
-    saturation = rows[rows["method"] == "base"].groupby(task)["saturation"].median().dropna().sort_values()
+    measured = pd.concat([rows, pd.read_csv(SATURATION)])
+    saturation = measured[measured["method"] == "base"].groupby(task)["saturation"].median().dropna().sort_values()
     medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median").reset_index("steps")
-    medians = medians.reindex(columns=plot.METHODS)
+    medians = medians.reindex(columns=plot.METHODS).dropna(thresh=2)  # base and something else
+    saturation = saturation[saturation.index.isin(medians.index)]
     (figure, axis), colours, ticks = plt.subplots(figsize=(plot.WIDTH, 4)), plot.colours_of(plot.METHODS), []
     for x, ((env_id, algorithm), share) in enumerate(saturation.items()):
         lines = medians.loc[[(env_id, algorithm)]]  # a number of steps each
