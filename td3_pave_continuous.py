@@ -2,7 +2,7 @@
 
 Where the action maximises Q, implicit differentiation gives da*/ds = -(d2Q/da2)^-1 d2Q/dsda. So the policy's Lipschitz
 constant is at most M/mu: M, how fast the action gradient turns with the state; mu, how sharp the maximum is. PAVE adds
-three losses to each critic: two make M small, the third pushes the trace of d2Q/da2 below zero, and so mu up.
+three losses to each critic: two make M small, the third pushes the trace of d2Q/da2 below zero: mu up, on average.
 
     MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)    mixed-partial regularisation
     VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2                           vector-field consistency
@@ -10,9 +10,9 @@ three losses to each critic: two make M small, the third pushes the trace of d2Q
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Means are over the batch and the d_a action dimensions, and the lambdas hang on that. For small sigma MPR tends to
-sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q that is flat
-in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
+Means are over the batch, in MPR and VFC over the d_a action dimensions, too; the lambdas hang on that. For small sigma
+MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q
+that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
     python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3
@@ -260,9 +260,9 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
     Returns mpr, vfc, curvature (), to weigh and add; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a),
     grad_a Q(s, a); q_values (B,), Q(s, a), so that the TD loss needs no second forward pass. Gradients flow to the
-    parameters of `q` through every term. Means are over the batch and the action dimensions: a squared norm would be
+    parameters of `q` through every term. MPR and VFC are means over the action dimensions, too: a squared norm would be
     d_a times larger, and need a lambda d_a times smaller. ValueError under autocast: MPR subtracts nearly equal
-    gradients, and bf16 (or TF32) loses the difference. Compile the function that calls pave_losses, not `q`.
+    gradients, and bf16 loses the difference (so does TF32). Compile the function that calls pave_losses, not `q`.
     """
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
@@ -344,7 +344,7 @@ class Agent(nn.Module):
     def backward(self, loss_function, parameters: list, *inputs) -> dict:
         """loss.backward() for loss_function(*inputs) -> (loss, metrics); compiled in one piece, it is faster."""
         loss, metrics = loss_function(*inputs)
-        loss.backward(inputs=parameters)  # the actor's gradient passes through the critics; they need none of their own
+        loss.backward(inputs=parameters)  # the actor's loss leaves nothing in the critics, through which it passes
         return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
