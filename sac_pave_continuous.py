@@ -144,8 +144,7 @@ def make_env(env_id: str) -> gym.Env:
         require(np.size(reward) == 1, f"the env returned a reward of shape {np.shape(reward)}; it must be one number")
         return finite(reward).item()
 
-    if env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
     env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), finite, None)
     env = gym.wrappers.TransformReward(env, number)
     return gym.wrappers.TransformAction(env, env_action, gym.spaces.Box(-1, 1, low.shape))
@@ -318,15 +317,15 @@ class Agent(nn.Module):
             mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
             eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True, mode=mode)
 
-            def backward(*inputs) -> dict:
+            def compiled_or_eager(*inputs) -> dict:
                 try:
                     return compiled(*inputs)
-                except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or a Ctrl-C has ended it
+                except Exception as error:  # no C++ compiler, or a Ctrl-C that reached it, too
                     tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
                     self.backward = eager
                     return eager(*inputs)
 
-            self.backward = backward
+            self.backward = compiled_or_eager
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
@@ -373,7 +372,7 @@ class Agent(nn.Module):
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
         args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
-        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # (2, B - n)
+        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # rows of TD alone
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
             if args.autotune_curv:  # in units of grad_a Q; delta 1 puts the top of a paraboloid into the action box
@@ -550,6 +549,7 @@ def train(args: Args, make_agent=Agent) -> Path:
             steps_per_second = (step - start) / (time.time() - began)
             if metrics and step % LOG_INTERVAL == 0:
                 values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+                require(all(map(math.isfinite, values.values())), f"step {step:,}: {DIVERGED} ({values})")
                 log(values | {"charts/SPS": steps_per_second})
             if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
                 evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)

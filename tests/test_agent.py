@@ -167,18 +167,27 @@ def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64, au
     assert_same(compiled, eager, rtol=1e-7, atol=1e-8)
 
 
-def test_without_a_compiler_it_warns_and_runs_eagerly(script, monkeypatch, capsys):
+@pytest.mark.parametrize("failing", ["critic_loss", "actor_loss"])
+def test_where_compiling_fails_it_warns_once_and_goes_on_eagerly(script, failing, monkeypatch, capsys):
+    """No C++ compiler fails at once, a Ctrl-C at any of the losses; none of the update is done twice."""
+
     def broken_compile(function, **options):
         def call(*inputs):
-            raise torch._dynamo.exc.BackendCompilerFailed(function, RuntimeError("no C++ compiler"), None)
+            if getattr(inputs[0], "__name__", "") == failing:
+                raise RuntimeError("no C++ compiler")
+            return function(*inputs)
 
         return call
 
     monkeypatch.setattr(torch, "compile", broken_compile)
-    agent = make_agent(script, compile=True)
-    for _ in range(2):  # it warns once
-        agent.update(make_batch(), True)
-    assert capsys.readouterr().err.count("without torch.compile, it fails here (BackendCompilerFailed(") == 1
+    agents = [make_agent(script, compile=compile) for compile in (True, False)]
+    for agent in agents:
+        for seed in range(2):
+            torch.manual_seed(seed)
+            agent.update(make_batch(), True)
+    assert_same(*agents, rtol=0, atol=0)
+    warning = "without torch.compile, it fails here (RuntimeError('no C++ compiler'))"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_sac_log_prob_equals_torch_distributions(float64):
