@@ -4,9 +4,11 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -43,13 +45,17 @@ def same_weights(left, right):
     return all(torch.equal(left[name], right[name]) for name in left.keys() | right.keys())
 
 
-def command_line(script, **settings):
-    """Run the script as __main__ in this process; returns its exit code."""
+def flags_of(settings):
     flags = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
         flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    with patch.object(sys, "argv", [script.__name__, *flags]):
+    return flags
+
+
+def command_line(script, **settings):
+    """Run the script as __main__ in this process; returns its exit code."""
+    with patch.object(sys, "argv", [script.__name__, *flags_of(settings)]):
         try:
             runpy.run_path(str(ROOT / f"{script.__name__}.py"), run_name="__main__")
         except SystemExit as stop:
@@ -173,6 +179,22 @@ def test_a_finished_run_that_goes_on_is_bit_identical_to_a_longer_one(script, sm
     part = script.train(small_args(total_timesteps=200, **settings))
     script.train(small_args(total_timesteps=230, **settings, resume=str(part / "checkpoint.pt")))
     assert same_weights(whole, part)
+
+
+@both_scripts
+def test_a_terminals_ctrl_c_ends_a_real_process_with_a_checkpoint(script, small_args):
+    """A terminal sends it to the whole process group."""
+    args = dataclasses.asdict(small_args(total_timesteps=100_000, learning_starts=100))
+    flags = flags_of({name: value for name, value in args.items() if value is not None})
+    command = [sys.executable, ROOT / f"{script.__name__}.py", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, start_new_session=True)
+    assert process.stdout.readline().startswith("step 200:")
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=240)
+    assert (process.returncode, "Traceback" in errors) == (130, False)
+    saved = torch.load(output.split("--resume ")[1].strip(), weights_only=True)
+    assert saved["step"] >= 200
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
