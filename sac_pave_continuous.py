@@ -350,7 +350,7 @@ class Agent(nn.Module):
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, args.tau)
         for _ in range(args.policy_frequency if update_actor else 0):
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch, torch.randn_like(actions))
-            self.actor_optimizer.step()
+            self.actor_optimizer.step()  # of alpha, too, with --autotune
             self.actor_optimizer.zero_grad()
         return metrics
 
@@ -371,7 +371,7 @@ class Agent(nn.Module):
         """1/2 TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
+        args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE has the first n rows, all by default
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # rows of TD alone
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta

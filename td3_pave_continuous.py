@@ -358,7 +358,7 @@ class Agent(nn.Module):
         """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}
+        args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE has the first n rows, all by default
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # rows of TD alone
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
