@@ -40,7 +40,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the update
 MAX_EPISODE_STEPS = 10_000  # of an env that has no time limit of its own
-DIVERGED = "training diverged, lower --q-lr or the lambdas"
+DIVERGED = "training diverged, lower --q-lr or the lambdas; the last checkpoint is untouched"
 
 # The paper's tuned (lambda_mpr, lambda_vfc, lambda_curv) for TD3; any other env starts where the paper's search does.
 TUNED_LAMBDAS = {
@@ -80,7 +80,7 @@ class Args:
     cuda: bool = True  # use a CUDA device if there is one
     torch_deterministic: bool = True  # let torch use deterministic algorithms only
     compile: bool = True  # torch.compile the losses: up to a minute at the start, 5 s from its cache
-    cudagraphs: bool = True  # on CUDA, let torch.compile replay each loss as a CUDA graph
+    cudagraphs: bool = True  # on CUDA, replay each update as one CUDA graph
     output_dir: str = "runs"  # where the run's folder <env>__<script>__<seed>__<time> is made
     eval_interval: int = 10_000  # steps between two evaluations of the deterministic policy
     eval_episodes: int = 10  # episodes in an evaluation; 0: no evaluation
@@ -136,18 +136,16 @@ def make_env(env_id: str) -> gym.Env:
         action = np.clip(low + (np.float64(action) + 1) / 2 * (high - low), low, high)  # whatever rounding does
         return action.astype(actions.dtype).reshape(actions.shape)
 
-    def finite(values):
+    def finite(values, size):
         values = np.array(values, np.float32)  # a copy: some envs change one array in place
-        require(np.isfinite(values).all(), "the env returned a NaN or infinite observation or reward")
+        fits = values.size == size and np.isfinite(values).all()
+        require(fits, f"the env returned a NaN or infinite observation or reward, or not {size} in number: {values}")
         return values
 
-    def number(reward):
-        require(np.size(reward) == 1, f"the env returned a reward of shape {np.shape(reward)}; it must be one number")
-        return finite(reward).item()
-
     env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-    env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), finite, None)
-    env = gym.wrappers.TransformReward(env, number)
+    size = gym.spaces.flatdim(observations)
+    env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), lambda o: finite(o, size), None)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TransformReward(env, lambda r: finite(r, 1).item()))
     return gym.wrappers.TransformAction(env, env_action, gym.spaces.Box(-1, 1, low.shape))
 
 
@@ -166,7 +164,7 @@ class ReplayBuffer:
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
         """Store s, s', a in [-1, 1], r. `terminated`: the episode truly ended; False where a time limit cut it."""
         row = np.concatenate([observation, next_observation, action, [reward, terminated]], dtype=np.float32)
-        self.rows[self.position] = torch.from_numpy(row)
+        self.rows[self.position].copy_(torch.from_numpy(row), non_blocking=True)  # nor wait for an update
         self.position = (self.position + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
@@ -218,8 +216,7 @@ def action_gradient(q, observations, actions):
     def total(a):
         q_values = q(observations, a)
         if q_values.shape != a.shape[:1]:
-            cure = "squeeze(-1)" if q_values.shape == (len(a), 1) else "give one critic, one value a row"
-            raise ValueError(f"q must return shape ({len(a)},), not {tuple(q_values.shape)}: {cure}")
+            raise ValueError(f"q must be one critic and return ({len(a)},), not {tuple(q_values.shape)}: squeeze(-1)?")
         return q_values.sum(), q_values  # rows are independent, so the sum's gradient is each row's own
 
     return torch.func.grad(total, has_aux=True)(actions)
@@ -258,10 +255,10 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
     state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
     Returns mpr, vfc, curvature (), to weigh and add; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a),
-    grad_a Q(s, a); q_values (B,), Q(s, a), so that the TD loss needs no second forward pass. Gradients flow to the
-    parameters of `q` through every term. MPR and VFC are means over the action dimensions, too: a squared norm would be
-    d_a times larger, and need a lambda d_a times smaller. ValueError under autocast: MPR subtracts nearly equal
-    gradients, and bf16 loses the difference (so does TF32). Compile the function that calls pave_losses, not `q`.
+    grad_a Q(s, a); q_values (B,), Q(s, a), so that the TD loss needs no second pass. Gradients flow to the parameters
+    of `q` through each. MPR and VFC are means over the action dimensions, too: a squared norm needs lambdas d_a times
+    smaller. ValueError under autocast: MPR subtracts nearly equal gradients, and bf16 loses the difference (so does
+    TF32). Compile the function that calls pave_losses, not `q`.
     """
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
@@ -282,7 +279,7 @@ class Agent(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
         args = self.args = validate(args)  # a lambda that is None would silently count as 0
-        self.device = device
+        self.device, self.graphs = device, {}  # see graphed_update
         use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
         self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # of a minibatch
         self.actor = Actor(observation_dim, action_dim)
@@ -294,14 +291,12 @@ class Agent(nn.Module):
             self.register_buffer("gradient_scale", torch.zeros(()))
         self.to(device)
         self.critic_parameters, self.actor_parameters = [*self.critics.parameters()], [*self.actor.parameters()]
-        self.target_parameters = [*self.critic_targets.parameters(), *self.actor_target.parameters()]
-        self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, fused=True)
+        self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True, capturable=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, fused=True, capturable=True)
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
-            mode = "reduce-overhead" if args.cudagraphs and device.type == "cuda" else "default"
-            eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True, mode=mode)
+            eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True)
 
             def compiled_or_eager(*inputs) -> dict:
                 try:
@@ -316,14 +311,14 @@ class Agent(nn.Module):
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """The policy's action (d_a,) with exploration noise, in [-1, 1]."""
-        action = self.actor(torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None])[0]
+        observations = torch.as_tensor(observation, dtype=torch.float32).to(self.device, non_blocking=True)[None]
+        action = self.actor(observations)[0]
         return (action + self.args.exploration_noise * torch.randn_like(action)).clamp(-1, 1).cpu().numpy()
 
     def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
         args, n, (observations, _, actions, _, _) = self.args, self.pave_rows, batch
-        # noise is drawn here and not in what is compiled, so that eager and compiled runs draw the same
-        target_noise = torch.randn_like(actions)
+        target_noise = torch.randn_like(actions)  # drawn out here, so that eager and compiled runs draw the same
         state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
@@ -336,8 +331,24 @@ class Agent(nn.Module):
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch)
             self.actor_optimizer.step()
             self.actor_optimizer.zero_grad()
+            targets = [*self.critic_targets.parameters(), *self.actor_target.parameters()]
             with torch.no_grad():  # Polyak averaging
-                torch._foreach_lerp_(self.target_parameters, self.critic_parameters + self.actor_parameters, args.tau)
+                torch._foreach_lerp_(targets, self.critic_parameters + self.actor_parameters, args.tau)
+        return metrics
+
+    def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
+        """`update` replayed as a CUDA graph, one for each update_actor: one launch, not hundreds. A first real update
+        compiles and allocates. The metrics stay in the graph's own memory until its next replay."""
+        if update_actor not in self.graphs:
+            self.graphs[update_actor] = None
+            return self.update([tensor.clone() for tensor in batch], update_actor)
+        if self.graphs[update_actor] is None:
+            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+            with torch.cuda.graph(graph):  # records, computes nothing
+                self.graphs[update_actor] = graph, inputs, self.update(inputs, update_actor)
+        graph, inputs, metrics = self.graphs[update_actor]
+        torch._foreach_copy_(inputs, batch)
+        graph.replay()
         return metrics
 
     def backward(self, loss_function, parameters: list, *inputs) -> dict:
@@ -375,10 +386,9 @@ class Agent(nn.Module):
             if args.autotune_curv:
                 metrics |= {"losses/lambda_curv": lambda_curv, "geometry/margin_fraction": (pave.vhv < -delta).float()}
                 metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()
-        td = (q_values - target_q).square().mean(dim=1)
-        loss = td + loss  # not SAC's half of it: the tuned lambdas are relative to that
+        td = (q_values - target_q).square().mean(dim=1)  # SAC takes half of it, TD3 all: the tuned lambdas hang on that
         metrics |= {"losses/qf_loss": td, "losses/q_values": q_values}
-        return loss.sum(), {name: value.mean() for name, value in metrics.items()}
+        return (td + loss).sum(), {name: value.mean() for name, value in metrics.items()}
 
     def actor_loss(self, batch: tuple):
         """Plain TD3: mean of -Q1(s, pi(s)); and what to log."""
@@ -421,7 +431,7 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
     moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
     sane = all(tensor.isfinite().all() for tensor in (*agent.parameters(), *moments))
-    require(sane, f"step {step:,}: {DIVERGED} (a weight is not finite); the last checkpoint is untouched")
+    require(sane, f"step {step:,}: {DIVERGED} (a weight is not finite)")
     about = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
     low, high = (torch.as_tensor(env.action(sign * np.ones(env.action_space.shape))).flatten() for sign in (-1, 1))
     state = {
@@ -482,6 +492,7 @@ def train(args: Args, make_agent=Agent) -> Path:
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     agent = make_agent(observation_dim, action_dim, args, device)
+    update = agent.graphed_update if args.cudagraphs and device.type == "cuda" else agent.update
     buffer = ReplayBuffer(args.buffer_size, observation_dim, action_dim, device)
     start = restore(load_checkpoint(args.resume, type(args)), agent, buffer) if args.resume else 0
     name = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 1_000_000}"
@@ -492,20 +503,13 @@ def train(args: Args, make_agent=Agent) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {run_dir} ({error}): choose another --output-dir or copy the run") from error
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
-    if env.spec.max_episode_steps == MAX_EPISODE_STEPS:
-        tqdm.write(f"episodes end at {MAX_EPISODE_STEPS:,} steps: register the env with max_episode_steps to change it")
     if args.compile:
         tqdm.write("the first updates wait for torch.compile, up to a minute (--no-compile: no wait, slower updates)")
-
     stop_signals = []  # a second one stops at once
 
     def request_stop(signum, _frame):
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
-
-    def log(values: dict) -> None:
-        for tag, value in values.items():
-            writer.add_scalar(tag, value, step)
 
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.total_timesteps, initial=start, unit="step", file=sys.stdout, disable=None)
@@ -513,7 +517,6 @@ def train(args: Args, make_agent=Agent) -> Path:
     try:
         for step in range(start + 1, args.total_timesteps + 1):
             if over:
-                episode_return, episode_length = 0.0, 0
                 seed = int(torch.randint(2**20, 2**31, ()))  # above all of evaluate's
                 np.random.seed(seed)  # for an env that draws from numpy's global generator
                 observation, _ = env.reset(seed=seed)
@@ -522,30 +525,30 @@ def train(args: Args, make_agent=Agent) -> Path:
             else:
                 action = agent.explore(observation)
                 require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
-                # before env.step, so that a GPU works at it while the simulator steps
-                metrics = agent.update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
-            next_observation, reward, terminated, truncated, _ = env.step(action)
+                metrics = update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
+            next_observation, reward, terminated, truncated, info = env.step(action)
             buffer.add(observation, next_observation, action, reward, terminated)
             observation, over = next_observation, terminated or truncated
-            episode_return, episode_length = episode_return + reward, episode_length + 1
-            steps_per_second = (step - start) / (time.time() - began)
+            scalars, steps_per_second = {}, (step - start) / (time.time() - began)
             if metrics and step % LOG_INTERVAL == 0:
-                values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                require(all(map(math.isfinite, values.values())), f"step {step:,}: {DIVERGED} ({values})")
-                log(values | {"charts/SPS": steps_per_second})
+                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+                require(all(map(math.isfinite, scalars.values())), f"step {step:,}: {DIVERGED} ({scalars})")
+                scalars["charts/SPS"] = steps_per_second
             if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
                 evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
-                log({f"eval/{k.removesuffix('_mean')}": v for k, v in evaluation.items() if "std" not in k})
+                scalars |= {f"eval/{k.removesuffix('_mean')}": v for k, v in evaluation.items() if "std" not in k}
                 line = "step {:,}: eval return {return_mean:.1f}, sm {smoothness_mean:.3f}, {:.0f} steps/s"
                 tqdm.write(line.format(step, steps_per_second, **evaluation))
                 sys.stdout.flush()
             bar.update()
             if over:
-                log({"charts/episodic_return": episode_return, "charts/episodic_length": episode_length})
-                bar.set_postfix_str(f"episode return {episode_return:.1f}", refresh=False)
-                if step // args.checkpoint_interval > saved_at // args.checkpoint_interval:
-                    save_checkpoint(run_dir, step, agent, buffer, env)
-                    saved_at = step
+                scalars |= {f"charts/episodic_{name}": info["episode"][name[0]] for name in ("return", "length")}
+                bar.set_postfix_str(f"episode return {info['episode']['r']:.1f}", refresh=False)
+            for tag, scalar in scalars.items():
+                writer.add_scalar(tag, scalar, step)
+            if over and step // args.checkpoint_interval > saved_at // args.checkpoint_interval:
+                save_checkpoint(run_dir, step, agent, buffer, env)
+                saved_at = step
             if stop_signals:
                 break
         save_checkpoint(run_dir, step, agent, buffer, env)

@@ -56,6 +56,7 @@ def stepper(script, settings: dict, args: Args) -> Callable[[int], None]:
     torch.manual_seed(settings.seed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     agent, buffer = script.Agent(*sizes, settings, device), script.ReplayBuffer(settings.buffer_size, *sizes, device)
+    update = agent.graphed_update if device.type == "cuda" else agent.update
     updates, (observation, _) = itertools.count(1), env.reset(seed=settings.seed)
 
     def steps(n: int, learn: bool = True) -> None:
@@ -64,7 +65,7 @@ def stepper(script, settings: dict, args: Args) -> Callable[[int], None]:
             action = agent.explore(observation)
             if learn:
                 update_actor = next(updates) % settings.policy_frequency == 0
-                agent.update(buffer.sample(settings.batch_size), update_actor)
+                update(buffer.sample(settings.batch_size), update_actor)
             next_observation, reward, terminated, truncated, _ = env.step(action)
             buffer.add(observation, next_observation, action, reward, terminated)
             observation = env.reset()[0] if terminated or truncated else next_observation

@@ -16,12 +16,13 @@ import sac_pave_continuous as sac
 
 STATES, ACTIONS, ROWS = 4, 2, 24
 CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def make_agent(script, action_dim=ACTIONS, **changes):
+def make_agent(script, action_dim=ACTIONS, device=CPU, **changes):
     settings = {"batch_size": ROWS, "compile": False, "lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0}
     torch.manual_seed(0)
-    return script.Agent(STATES, action_dim, script.validate(script.Args(**(settings | changes))), CPU)
+    return script.Agent(STATES, action_dim, script.validate(script.Args(**(settings | changes))), device)
 
 
 def make_batch(seed=1, action_dim=ACTIONS):
@@ -155,16 +156,20 @@ def test_autotune_asks_for_a_top_no_farther_away_than_the_box_is_wide(float64, h
     assert metrics["geometry/margin_fraction"] == fraction
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize(("script", "autotune_curv"), [(SCRIPTS[0], True), (SCRIPTS[1], False)], indirect=["script"])
-def test_compiled_updates_reach_the_parameters_of_eager_ones(script, float64, autotune_curv):
-    weights = {"lambda_mpr": 1e6, "lambda_vfc": 1e3, "lambda_curv": 1.0}  # so that every term weighs in the gradient
-    weights["autotune_curv"] = autotune_curv
-    eager, compiled = make_agent(script, **weights), make_agent(script, compile=True, **weights)
-    for agent in (eager, compiled):
-        torch.manual_seed(4)
+def test_fast_updates_compute_what_eager_ones_do(script, float64, autotune_curv, device):
+    """Compiled, on a GPU replayed as a graph, too: the same parameters, and metrics that can be read."""
+    settings = {"lambda_mpr": 1e6, "lambda_vfc": 1e3, "lambda_curv": 1.0}  # so that every term weighs in the gradient
+    settings |= {"autotune_curv": autotune_curv, "device": torch.device(device)}
+    eager, fast = make_agent(script, **settings), make_agent(script, compile=True, **settings)
+    logged = []
+    for update in (eager.update, fast.update if device == "cpu" else fast.graphed_update):
         for step in range(6):
-            agent.update(make_batch(seed=step), step % 2 == 0)
-    assert_same(compiled, eager, rtol=1e-7, atol=1e-8)
+            batch = [tensor.to(device) for tensor in make_batch(seed=step)]
+            logged.append(torch.stack(list(update(batch, step % 2 == 0).values())))
+    assert_same(fast, eager, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(logged[6:], logged[:6], rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("failing", ["critic_loss", "actor_loss"])

@@ -23,8 +23,7 @@ DIFFERENT = {
 }  # fmt: skip
 AS_IN_TD3 = {
     "SAC": "TD3", "sac_": "td3_", "1/2 TD": "TD",
-    "0.5 * td + loss  # TD3's half: the tuned lambdas are relative to it":
-    "td + loss  # not TD3's half of it: the tuned lambdas are relative to that",
+    "0.5 * td + loss": "td + loss",
 }  # fmt: skip
 SET_UP = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
