@@ -10,7 +10,7 @@ three losses to each critic: two make M small, the third pushes the trace of d2Q
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Means are over the batch, in MPR and VFC over the d_a action dimensions, too; the lambdas hang on that. For small sigma
+Means are over the batch; in MPR and VFC over the d_a action dimensions, too, which the lambdas assume. For small sigma
 MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q
 that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
@@ -39,7 +39,6 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the update
-MAX_EPISODE_STEPS = 10_000  # of an env that has no time limit of its own
 DIVERGED = "training diverged, lower --q-lr or the lambdas; the last checkpoint is untouched"
 
 # The paper's tuned (lambda_mpr, lambda_vfc, lambda_curv) for TD3; any other env starts where the paper's search does.
@@ -49,7 +48,7 @@ TUNED_LAMBDAS = {
     "Walker2d": (0.1, 0.1, 0.01),
 }  # fmt: skip
 LAMBDAS, UNTUNED_LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv"), (0.1, 0.1, 0.01)
-# --autotune-curv (ours): the paper's first two lambdas for SAC on Ant, and where lambda_curv starts and can end
+# --autotune-curv (ours): the paper's first two lambdas for SAC on Ant; where lambda_curv starts and its bounds
 AUTOTUNE_LAMBDAS, LAMBDA_CURV_BOUNDS = (0.1, 0.0005, 0.01), (1e-4, 100.0)
 
 
@@ -69,9 +68,9 @@ class Args:
     exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in units of [-1, 1]
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions, in units of [-1, 1]
     noise_clip: float = 0.5  # bound of that noise
-    lambda_mpr: float | None = None  # weight of MPR; None: tuned for this env, else 0.1
+    lambda_mpr: float | None = None  # weight of MPR; None: tuned for this env, else (or with --autotune-curv) 0.1
     lambda_vfc: float | None = None  # weight of VFC; None: tuned for this env, else 0.1; with --autotune-curv 0.0005
-    lambda_curv: float | None = None  # weight of Curv; None: tuned for this env, else 0.01; where the autotuning starts
+    lambda_curv: float | None = None  # weight of Curv; None: tuned for this env, else (or to start the autotuning) 0.01
     mpr_sigma: float = 0.01  # standard deviation of MPR's noise, in the observation's own units
     curv_delta: float = 1.0  # margin delta by which Curv wants v^T H v below zero
     pave_batch_size: int | None = None  # rows of the minibatch that the PAVE terms use: unbiased, cheaper; None: all
@@ -142,7 +141,9 @@ def make_env(env_id: str) -> gym.Env:
         require(fits, f"the env returned a NaN or infinite observation or reward, or not {size} in number: {values}")
         return values
 
-    env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    if not env.spec.max_episode_steps:
+        gym.logger.warn(f"{env_id} has no time limit, episodes end at 10,000 steps: register it with max_episode_steps")
+        env = gym.wrappers.TimeLimit(env, 10_000)
     size = gym.spaces.flatdim(observations)
     env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), lambda o: finite(o, size), None)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TransformReward(env, lambda r: finite(r, 1).item()))
@@ -164,13 +165,13 @@ class ReplayBuffer:
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
         """Store s, s', a in [-1, 1], r. `terminated`: the episode truly ended; False where a time limit cut it."""
         row = np.concatenate([observation, next_observation, action, [reward, terminated]], dtype=np.float32)
-        self.rows[self.position].copy_(torch.from_numpy(row), non_blocking=True)  # nor wait for an update
+        self.rows[self.position].copy_(torch.from_numpy(row), non_blocking=True)  # no wait for a GPU's update
         self.position = (self.position + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """B rows, each drawn on its own, so that the first n are as fair a sample (--pave-batch-size): s, s' (B, d_s),
-        the true last one where an episode ends; a (B, d_a); rewards, terminations (B,)."""
+        where an episode ends its last s', not the next start; a (B, d_a); rewards, terminations (B,)."""
         rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
         observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
         return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
@@ -287,7 +288,7 @@ class Agent(nn.Module):
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
         if args.autotune_curv:
-            self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))
+            self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))  # times gradient_scale: the weight
             self.register_buffer("gradient_scale", torch.zeros(()))
         self.to(device)
         self.critic_parameters, self.actor_parameters = [*self.critics.parameters()], [*self.actor.parameters()]
@@ -301,7 +302,7 @@ class Agent(nn.Module):
             def compiled_or_eager(*inputs) -> dict:
                 try:
                     return compiled(*inputs)
-                except Exception as error:  # no C++ compiler, or a Ctrl-C that reached it, too
+                except Exception as error:  # no C++ compiler, or a Ctrl-C that killed it
                     tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
                     self.backward = eager
                     return eager(*inputs)
@@ -318,7 +319,7 @@ class Agent(nn.Module):
     def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
         args, n, (observations, _, actions, _, _) = self.args, self.pave_rows, batch
-        target_noise = torch.randn_like(actions)  # drawn out here, so that eager and compiled runs draw the same
+        target_noise = torch.randn_like(actions)  # all noise is drawn here: eager and compiled runs draw the same
         state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
@@ -334,21 +335,6 @@ class Agent(nn.Module):
             targets = [*self.critic_targets.parameters(), *self.actor_target.parameters()]
             with torch.no_grad():  # Polyak averaging
                 torch._foreach_lerp_(targets, self.critic_parameters + self.actor_parameters, args.tau)
-        return metrics
-
-    def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
-        """`update` replayed as a CUDA graph, one for each update_actor: one launch, not hundreds. A first real update
-        compiles and allocates. The metrics stay in the graph's own memory until its next replay."""
-        if update_actor not in self.graphs:
-            self.graphs[update_actor] = None
-            return self.update([tensor.clone() for tensor in batch], update_actor)
-        if self.graphs[update_actor] is None:
-            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-            with torch.cuda.graph(graph):  # records, computes nothing
-                self.graphs[update_actor] = graph, inputs, self.update(inputs, update_actor)
-        graph, inputs, metrics = self.graphs[update_actor]
-        torch._foreach_copy_(inputs, batch)
-        graph.replay()
         return metrics
 
     def backward(self, loss_function, parameters: list, *inputs) -> dict:
@@ -369,18 +355,18 @@ class Agent(nn.Module):
         """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n, loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE has the first n rows, all by default
-        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # rows of TD alone
+        args, n, pave_loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE has the first n rows: by default all
+        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # TD only, or none
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
-            if args.autotune_curv:  # in units of grad_a Q; delta 1 puts the top of a paraboloid into the action box
+            if args.autotune_curv:  # in units of grad_a Q; with delta 1 the top of a paraboloid is in the action box
                 lambda_curv = self.lambda_curv * self.gradient_scale
                 delta = actions.shape[1] / 2 * delta * self.gradient_scale
             rows = observations[:n], actions[:n], next_observations[:n]
             twins = [pave_losses(critic, *rows, state_noise, probe, delta) for critic in self.critics]
             pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))
             q_values = torch.cat([pave.q_values, q_values], dim=1)
-            loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
+            pave_loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
             metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
             metrics |= {"geometry/vhv": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
             if args.autotune_curv:
@@ -388,27 +374,41 @@ class Agent(nn.Module):
                 metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()
         td = (q_values - target_q).square().mean(dim=1)  # SAC takes half of it, TD3 all: the tuned lambdas hang on that
         metrics |= {"losses/qf_loss": td, "losses/q_values": q_values}
-        return (td + loss).sum(), {name: value.mean() for name, value in metrics.items()}
+        return (td + pave_loss).sum(), {name: value.mean() for name, value in metrics.items()}
 
     def actor_loss(self, batch: tuple):
         """Plain TD3: mean of -Q1(s, pi(s)); and what to log."""
         loss = -self.critics[0](batch[0], self.actor(batch[0])).mean()
         return loss, {"losses/actor_loss": loss}
 
+    def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
+        """`update` as a CUDA graph, one for each update_actor: one launch, not hundreds. A first real update compiles
+        and allocates; its recording is replayed from then on, with Python's numbers (learning rates, lambdas) as they
+        were. The metrics stay in the graph's own memory until its next replay."""
+        if update_actor not in self.graphs:
+            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+            metrics = self.update(inputs, update_actor)
+            with torch.cuda.graph(graph):  # records, computes nothing
+                self.graphs[update_actor] = graph, inputs, self.update(inputs, update_actor)
+            return metrics
+        graph, inputs, metrics = self.graphs[update_actor]
+        torch._foreach_copy_(inputs, batch)
+        graph.replay()
+        return metrics
+
 
 def smoothness(actions, fs=1.0):
     """sm of one episode (CAPS, Mysore et al. 2021), lower is smoother: the mean over action dimensions of
-    2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2; 0 if T is 1. actions: (T,) or (T, d_a) in the env's own units;
-    fs: sampling rate, 1 for cycles per step."""
+    2 / (T fs) * sum_k f_k |FFT(actions)_k|, k < T // 2. actions: (T,) or (T, d_a), in env units; fs: sampling rate."""
     steps = len(actions)
     spectrum = np.abs(np.fft.rfft(np.reshape(actions, (steps, -1)), axis=0))[: steps // 2]
     frequencies = np.fft.rfftfreq(steps, 1 / fs)[: steps // 2]
-    return float((2 / (steps * fs) * frequencies @ spectrum).mean()) if steps > 1 else 0.0
+    return float((2 / (steps * fs) * frequencies @ spectrum).mean())
 
 
 @torch.no_grad()
 def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
-    """Return, sm, oscillation (mean |a_t+1 - a_t|, like sm in env action units), length: no noise, the same starts."""
+    """Return, sm, oscillation (mean |a_t+1 - a_t|, like sm in env action units), length: no noise, the same seeds."""
     device, results = next(actor.parameters()).device, []
     for episode in range(episodes):
         observation, _ = env.reset(seed=10_000 + episode)
@@ -430,8 +430,7 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     which also seed the episodes: all that a run depends on at an episode's end, so that it goes on bit-identically."""
     optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
     moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
-    sane = all(tensor.isfinite().all() for tensor in (*agent.parameters(), *moments))
-    require(sane, f"step {step:,}: {DIVERGED} (a weight is not finite)")
+    require(all(t.isfinite().all() for t in [*agent.parameters(), *moments]), f"step {step:,}: {DIVERGED} (NaN weight)")
     about = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
     low, high = (torch.as_tensor(env.action(sign * np.ones(env.action_space.shape))).flatten() for sign in (-1, 1))
     state = {
@@ -526,7 +525,7 @@ def train(args: Args, make_agent=Agent) -> Path:
                 action = agent.explore(observation)
                 require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
                 metrics = update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
-            next_observation, reward, terminated, truncated, info = env.step(action)
+            next_observation, reward, terminated, truncated, info = env.step(action)  # while a GPU is at the update
             buffer.add(observation, next_observation, action, reward, terminated)
             observation, over = next_observation, terminated or truncated
             scalars, steps_per_second = {}, (step - start) / (time.time() - began)

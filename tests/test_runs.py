@@ -364,7 +364,7 @@ def test_a_nan_action_is_called_divergence_and_never_reaches_the_env(script, sma
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_args, tmp_path):
     agent = script.Agent(3, 1, small_args(), torch.device("cpu"))
     agent.actor.net[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(script.UserError, match="not finite"):
+    with pytest.raises(script.UserError, match="NaN weight"):
         script.save_checkpoint(tmp_path, 7, agent, None, None)
     assert not list(tmp_path.iterdir())
 
@@ -393,7 +393,8 @@ def test_the_rescaled_env_maps_the_bounds_and_never_steps_over_them(script):
         dtype = (np.float16, np.float32, np.float64)[seed % 3]
         high = np.random.default_rng(seed).uniform(0.1, 9, 1).astype(dtype)
         space = gym.spaces.Box(-high, high, dtype=dtype)
-        spec = gym.envs.registration.EnvSpec("Bounded-v0", lambda space=space: odd_envs.Odd(action_space=space))
+        entry_point = lambda space=space: odd_envs.Odd(action_space=space)  # noqa: E731
+        spec = gym.envs.registration.EnvSpec("Bounded-v0", entry_point, max_episode_steps=5)
         env = script.make_env(spec)
         assert all(space.contains(env.action(np.array([x], np.float32))) for x in (-1.0, 1.0))
 
@@ -413,8 +414,10 @@ def test_a_mujoco_env_with_several_actions_is_trained_on(script, small_args):
     assert torch.load(run_dir / "actor.pt", weights_only=True)["action_low"].shape == (3,)
 
 
-def test_an_env_without_a_time_limit_gets_one(script):
-    assert script.make_env("odd_envs:Endless-v0").spec.max_episode_steps == 10_000  # else the evaluation has no end
+def test_an_env_without_a_time_limit_is_cut_and_says_so(script):
+    with pytest.warns(UserWarning, match="episodes end at 10,000 steps: register it with max_episode_steps"):
+        env = script.make_env("odd_envs:Endless-v0")
+    assert env.spec.max_episode_steps == 10_000  # else the evaluation has no end
 
 
 PAPERS_LAMBDAS = {  # env: of SAC, of TD3

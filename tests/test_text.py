@@ -23,7 +23,7 @@ DIFFERENT = {
 }  # fmt: skip
 AS_IN_TD3 = {
     "SAC": "TD3", "sac_": "td3_", "1/2 TD": "TD",
-    "0.5 * td + loss": "td + loss",
+    "0.5 * td + pave_loss": "td + pave_loss",
 }  # fmt: skip
 SET_UP = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
