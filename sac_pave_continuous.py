@@ -297,7 +297,7 @@ class Agent(nn.Module):
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
         if args.autotune_curv:
             self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))  # times gradient_scale: the weight
-            self.register_buffer("gradient_scale", torch.zeros(()))
+            self.register_buffer("gradient_scale", torch.zeros(()))  # running RMS of grad_a Q; 0 at first: no Curv
         self.to(device)
         self.critic_parameters, self.actor_parameters = [*self.critics.parameters()], [*self.actor.parameters()]
         self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True, capturable=True)
@@ -332,7 +332,7 @@ class Agent(nn.Module):
     def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
         args, n, (observations, _, actions, _, _) = self.args, self.pave_rows, batch
-        target_noise = torch.randn_like(actions)  # all noise is drawn here: eager and compiled runs draw the same
+        target_noise = torch.randn_like(actions)  # noise is drawn in `update` only: eager and compiled draw the same
         state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
@@ -366,7 +366,7 @@ class Agent(nn.Module):
         """1/2 TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n, pave_loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE has the first n rows: by default all
+        args, n, pave_loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE: rows [:n], by default all; SAC: none
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # TD only, or none
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
@@ -375,7 +375,7 @@ class Agent(nn.Module):
                 delta = actions.shape[1] / 2 * delta * self.gradient_scale
             rows = observations[:n], actions[:n], next_observations[:n]
             twins = [pave_losses(critic, *rows, state_noise, probe, delta) for critic in self.critics]
-            pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))
+            pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))  # twins first: mpr (2,), vhv (2, n)
             q_values = torch.cat([pave.q_values, q_values], dim=1)
             pave_loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
             metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
@@ -399,7 +399,7 @@ class Agent(nn.Module):
     def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
         """`update` as a CUDA graph, one for each update_actor: one launch, not hundreds. A first real update compiles
         and allocates; its recording is replayed from then on, with Python's numbers (learning rates, lambdas) as they
-        were. The metrics stay in the graph's own memory until its next replay."""
+        were; tensors and noise move on. The metrics stay in the graph's own memory until its next replay."""
         if update_actor not in self.graphs:
             graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
             metrics = self.update(inputs, update_actor)

@@ -99,6 +99,7 @@ def test_a_critic_of_another_shape_needs_a_forward_and_stays_as_it_was(capsys):
     (told,) = failures(capsys, twins, lambda twins, s, a: twins[0](s, a)[:, None]).values()
     assert "squeeze(-1)" in told
     assert list(failures(capsys, twins, lambda twins, s, a: twins[0](s, a))) == [CURV]
+    assert list(failures(capsys, twins, lambda twins, s, a: twins[0](s, a) - 9 * (a**2).sum(1))) == [CURV]  # Curv is 0
     assert failures(capsys, twins, lambda twins, s, a: -twins[1](s, a)) == {}
     assert all(torch.equal(tensor, before[name]) for name, tensor in twins.state_dict().items())
     assert all(p.dtype == torch.float32 and p.grad is None for p in twins.parameters())
