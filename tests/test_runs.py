@@ -6,10 +6,10 @@ import json
 import math
 import os
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -61,6 +61,16 @@ def command_line(script, **settings):
         except SystemExit as stop:
             return stop.code
     return 0
+
+
+def start(script, args):
+    """The script as a process with a terminal's process group of its own."""
+    flags = flags_of({name: value for name, value in dataclasses.asdict(args).items() if value is not None})
+    command, pipes = (
+        [sys.executable, ROOT / f"{script.__name__}.py", *flags],
+        dict.fromkeys(("stdout", "stderr"), subprocess.PIPE),
+    )
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
@@ -156,20 +166,18 @@ def test_the_seed_decides_also_where_an_env_draws_from_numpys_generator(script, 
 
 
 @sac_only
-def test_killed_and_resumed_is_bit_identical_to_never_interrupted(script, small_args, tmp_path, monkeypatch):
-    save, kept = script.save_checkpoint, tmp_path / "killed"
-
-    def save_and_keep(run_dir, step, *rest):
-        save(run_dir, step, *rest)
-        if step == 400:  # the first episode end after 350
-            shutil.copytree(run_dir, kept)  # all that a run killed after this step leaves
-
-    monkeypatch.setattr(script, "save_checkpoint", save_and_keep)
-    settings = {"learning_starts": 300, "total_timesteps": 450, "checkpoint_interval": 350, "eval_episodes": 0}
-    args = small_args(**settings, compile=True, autotune_curv=True)
-    whole = script.train(args)
-    script.train(dataclasses.replace(args, resume=str(kept / "checkpoint.pt")))
-    assert same_weights(whole, kept)
+def test_killed_and_resumed_is_bit_identical_to_never_interrupted(script, small_args, tmp_path):
+    settings = {"learning_starts": 300, "checkpoint_interval": 350, "eval_episodes": 0, "autotune_curv": True}
+    process = start(script, small_args(**settings, compile=True, total_timesteps=100_000))
+    while not (paths := list(tmp_path.rglob("checkpoint.pt"))):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    killed = paths[0].parent
+    settings |= {"compile": True, "total_timesteps": checkpoint(killed)["step"] + 50}
+    script.train(small_args(**settings, resume=str(paths[0])))
+    assert same_weights(script.train(small_args(**settings)), killed)
 
 
 def test_a_finished_run_that_goes_on_is_bit_identical_to_a_longer_one(script, small_args):
@@ -184,11 +192,7 @@ def test_a_finished_run_that_goes_on_is_bit_identical_to_a_longer_one(script, sm
 @both_scripts
 def test_a_terminals_ctrl_c_ends_a_real_process_with_a_checkpoint(script, small_args):
     """A terminal sends it to the whole process group."""
-    args = dataclasses.asdict(small_args(total_timesteps=100_000, learning_starts=100))
-    flags = flags_of({name: value for name, value in args.items() if value is not None})
-    command = [sys.executable, ROOT / f"{script.__name__}.py", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **pipes, start_new_session=True)
+    process = start(script, small_args(total_timesteps=100_000, learning_starts=100))
     assert process.stdout.readline().startswith("step 200:")
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=240)
@@ -352,6 +356,12 @@ def test_a_run_that_breaks_stops_at_once_and_keeps_its_last_checkpoint(script, s
     (run_dir,) = Path(args.output_dir).iterdir()
     assert checkpoint(run_dir)["step"] == 40
     assert all(value.isfinite().all() for value in checkpoint(run_dir)["agent"].values())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(script, small_args, monkeypatch):
+    monkeypatch.setattr(script, "LOG_INTERVAL", 1)
+    with pytest.raises(script.UserError, match=r"step 4\d: training diverged.*'losses/qf_loss': (inf|nan)"):
+        script.train(small_args(env_id="odd_envs:HugeReward-v0", learning_starts=20, eval_episodes=0))
 
 
 def test_a_nan_action_is_called_divergence_and_never_reaches_the_env(script, small_args, monkeypatch):
