@@ -423,9 +423,10 @@ def smoothness(actions, fs=1.0):
 
 @torch.no_grad()
 def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
-    """Return, sm, oscillation (mean |a_t+1 - a_t|, like sm in env action units), length: no noise, the same seeds."""
+    """Return, sm, oscillation (mean |a_t+1 - a_t|, like sm in env action units), length: no noise, the same starts."""
     device, results = next(actor.parameters()).device, []
     for episode in range(episodes):
+        np.random.seed(10_000 + episode)  # see train
         observation, _ = env.reset(seed=10_000 + episode)
         rewards, env_actions, over = [], [], False
         while not over:
@@ -539,7 +540,7 @@ def train(args: Args, make_agent=Agent) -> Path:
             else:
                 action = agent.explore(observation)
                 require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
-                metrics = update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
+                metrics |= update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
             next_observation, reward, terminated, truncated, info = env.step(action)  # while a GPU is at the update
             buffer.add(observation, next_observation, action, reward, terminated)
             observation, over = next_observation, terminated or truncated

@@ -78,7 +78,9 @@ def start(script, args):
 
 @both_scripts
 def test_a_run_leaves_what_the_readme_promises(script, small_args):
-    run_dir = script.train(small_args(total_timesteps=450, learning_starts=390, checkpoint_interval=200))
+    run_dir = script.train(
+        small_args(total_timesteps=450, learning_starts=390, checkpoint_interval=200, policy_frequency=3)
+    )
     assert run_dir.name.startswith(f"Pendulum-v1__{script.SCRIPT}__1__")
     assert not list(run_dir.glob("*.partial"))
     told = summary(run_dir)
@@ -163,6 +165,8 @@ def test_the_seed_decides_also_where_an_env_draws_from_numpys_generator(script, 
     settings = {"env_id": "odd_envs:Fine-v0", "total_timesteps": 110, "eval_episodes": 0}
     first, same, other = (script.train(small_args(**settings, seed=seed)) for seed in (3, 3, 4))
     assert same_weights(first, same) and not same_weights(first, other)
+    actor, envs = script.Actor(3, 1), (script.make_env(settings["env_id"]) for _ in range(2))
+    assert script.evaluate(actor, next(envs), 2) == script.evaluate(actor, next(envs), 2)
 
 
 @sac_only
