@@ -303,9 +303,10 @@ def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
         for method in plot.METHODS[1:]:
             left = lines[method] / lines["base"]
             axis.scatter([x] * len(left), left, color=colours[method], alpha=0.8, label=method if x == 0 else None)
-        name = re.sub(r"^.*:|(Continuous)?-v[0-9]+$", "", env_id)
+        name = re.sub(r"^.*:|^Inverted|(Continuous)?-v[0-9]+$", "", env_id)
         ticks.append(f"{name}\n{algorithm.upper()}\n{share:.1%}")
     axis.set_xticks(range(len(ticks)), ticks, fontsize=7)
+    axis.set_axisbelow(True)
     axis.axhline(1, color="#999999", linewidth=0.8)
     axis.set(ylabel="oscillation / base's (below 1: smoother)", ylim=(0, None))
     axis.legend(fontsize=8)
