@@ -3,6 +3,7 @@
 The critic's loss is tested on SAC: but for TD's half it is the same text in both scripts (test_text.py).
 """
 
+import contextlib
 import copy
 
 import numpy as np
@@ -170,6 +171,32 @@ def test_fast_updates_compute_what_eager_ones_do(script, float64, autotune_curv,
             logged.append(torch.stack(list(update(batch, step % 2 == 0).values())))
     assert_same(fast, eager, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(logged[6:], logged[:6], rtol=1e-7, atol=1e-8)
+
+
+def test_a_graphed_update_is_an_update_on_each_new_batch(script, monkeypatch):
+    """With a stand-in for CUDA's graphs: a recording computes nothing, a replay does what was recorded."""
+    plain, graphed = make_agent(script), make_agent(script)
+
+    class Graph:
+        def replay(self):
+            self.metrics.update(graphed.update(*self.inputs))
+
+    @contextlib.contextmanager
+    def recording(graph):
+        def record(*inputs):
+            graph.inputs, graph.metrics = inputs, {}
+            return graph.metrics
+
+        graphed.update = record
+        yield
+        del graphed.update
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    for step in range(6):
+        updates = plain.update, graphed.graphed_update
+        torch.testing.assert_close(*(update(make_batch(seed=step), step % 2 == 0) for update in updates))
+    assert_same(plain, graphed, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("failing", ["critic_loss", "actor_loss"])
