@@ -70,12 +70,6 @@ def method_of(script: ModuleType, args: dict) -> str:
     return names.get(lambdas, "ablation-" + "".join(str(int(value > 0)) for value in lambdas) if ablated else "own")
 
 
-def settings_of(script: ModuleType, saved: dict, run_dir: Path) -> dict:
-    """All settings of a run, also of an older version of its script, from those that it saved."""
-    # caps.json is where CAPS once kept its weights; now they are among the saved settings
-    return vars(script.Args()) | saved | read_json(run_dir / "caps.json")
-
-
 def load_run(path: str | Path, need_critic: bool = True) -> Run:
     """Read a run's folder: checkpoint.pt or, unless need_critic, actor.pt, which has none. UserError where it can't."""
     path = Path(path)
@@ -90,7 +84,7 @@ def load_run(path: str | Path, need_critic: bool = True) -> Run:
         sizes = weights["actor.net.0.weight"].shape[1], outputs // 2 if algorithm == "sac" else outputs  # mean, std
         actor = with_weights(script.Actor(*sizes), weights, "actor.")
         critic = with_weights(script.QNetwork(*sizes), weights, "critics.0.").double() if need_critic else None
-        args = settings_of(script, saved["args"], path)
+        args = vars(script.Args()) | saved["args"]
         method = method_of(script, args)
     except Exception as error:
         cause = " ".join(repr(error).split())[:200]

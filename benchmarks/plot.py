@@ -21,9 +21,10 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image
 from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.linalg import matrix_norm
 
 from benchmarks.common import Episode, Run, load_run, require, rollout, user_errors
-from benchmarks.evaluate import mixed_hessians, spectral_norms
+from benchmarks.evaluate import critic_hessians
 
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000")  # Okabe-Ito: colour-blind safe
@@ -93,10 +94,10 @@ def colours_of(labels) -> dict[str, str]:
     return dict(zip(labels, [COLOURS[METHODS.index(m)] for m in methods] if own else COLOURS, strict=False))
 
 
-def play(run: Run, episode: int, env=None) -> Episode:
-    """The `episode`th, from 0, of those that evaluate() plays, the same start for every run; env: see make_env."""
+def play(run: Run, episode: int) -> Episode:
+    """The `episode`th, from 0, of those that evaluate() plays, the same start for every run."""
     require(episode >= 0, f"--episode is {episode}; it must be 0 or more")
-    with env or run.script.make_env(run.args.env_id) as env:
+    with run.script.make_env(run.args.env_id) as env:
         return rollout(run, env, episode + 1)[0][episode]
 
 
@@ -123,31 +124,28 @@ def save(figure, output: Path) -> None:
 
 
 def pairs_of_panels(rows: pd.DataFrame, title: str):
-    """A figure with two panels for each algorithm; and (panels, method, its rows) of each method."""
+    """A figure with two panels for each algorithm; and of each method (panels, name, name in a legend, rows)."""
     algorithms, parts = list(rows.groupby("algorithm")), []
     figure, axes = plt.subplots(len(algorithms), 2, figsize=(WIDTH, 0.7 + 3.1 * len(algorithms)), squeeze=False)
     figure.suptitle(title)
     for line, (algorithm, runs) in zip(axes, algorithms, strict=True):
         line[0].set_title(algorithm.upper(), loc="left")
-        parts += [(line, method, seeds) for method, seeds in runs.groupby("method", sort=False)]
+        for method, seeds in runs.groupby("method", sort=False):
+            length = seeds["length_mean"].median()  # sm depends on it
+            label = method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
+            parts.append((line, method, label, seeds))
     return figure, parts
-
-
-def with_length(method: str, seeds: pd.DataFrame) -> str:
-    """The method's name in a legend: sm depends on the episode's length, so the name has it."""
-    length = seeds["length_mean"].median()
-    return method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
 
 
 def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     """Return against sm and oscillation: a dot is a seed, a ring their median."""
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["method"])
-    for axes, method, seeds in parts:
+    for axes, method, label, seeds in parts:
         for axis, measure in zip(axes, ("smoothness_mean", "oscillation"), strict=True):
             axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colours[method], linewidth=0, alpha=0.7)
             ring = {"markersize": 11, "markerfacecolor": "none", "color": colours[method]}
-            axis.plot(*seeds[[measure, "return_mean"]].median(), "o", label=with_length(method, seeds), **ring)
+            axis.plot(*seeds[[measure, "return_mean"]].median(), "o", label=label, **ring)
             axis.set(xlabel=AXES[measure], ylabel=AXES["return_mean"])
             axis.set_xlim(0, 1.08 * axis.dataLim.xmax)
         axes[0].legend(fontsize=8)
@@ -169,11 +167,11 @@ def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure | None:
         return None
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["method"])
-    for axes, method, seeds in parts:
+    for axes, method, label, seeds in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             curves = seeds[[measure, *(f"{measure}@{level:g}" for level in levels)]].dropna().to_numpy(float)
             if len(curves):
-                draw_seeds(axis, (0, *levels), curves, colours[method], with_length(method, seeds))
+                draw_seeds(axis, (0, *levels), curves, colours[method], label)
             axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=AXES[measure])
         axes[0].legend(fontsize=8)
         axes[1].set_ylim(bottom=0)
@@ -263,7 +261,7 @@ def actions(
 
 def dominant_pair(critic, observation, action) -> tuple[int, int]:
     """The (state, action) dimensions with the largest |d2Q/dsda| at one point: s (d_s,), a (d_a,)."""
-    hessian = mixed_hessians(critic, observation[None], action[None])[0]  # (d_a, d_s)
+    hessian = critic_hessians(critic, observation[None], action[None])[0][0]  # (d_a, d_s)
     return divmod(int(hessian.abs().argmax()), hessian.shape[1])[::-1]
 
 
@@ -272,8 +270,8 @@ def field_surface(critic, observation, action, pair: tuple[int, int]) -> np.ndar
     states, actions = observation.repeat(GRID, GRID, 1), action.repeat(GRID, GRID, 1)
     states[..., pair[0]] += torch.linspace(-STATE_SWEEP, STATE_SWEEP, GRID, dtype=states.dtype)
     actions[..., pair[1]] += torch.linspace(-ACTION_SWEEP, ACTION_SWEEP, GRID, dtype=actions.dtype)[:, None]
-    hessians = mixed_hessians(critic, states.flatten(0, 1), actions.flatten(0, 1))
-    return spectral_norms(hessians).reshape(GRID, GRID).numpy()
+    hessians, _ = critic_hessians(critic, states.flatten(0, 1), actions.flatten(0, 1))
+    return matrix_norm(hessians, ord=2).reshape(GRID, GRID).numpy()
 
 
 def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"), episode: EpisodeNumber = 0) -> None:
@@ -291,11 +289,9 @@ def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"
     s, a = np.meshgrid(np.linspace(-STATE_SWEEP, STATE_SWEEP, GRID), np.linspace(-ACTION_SWEEP, ACTION_SWEEP, GRID))
     size, kind = (WIDTH, 0.4 + 7 / len(shown)), {"projection": "3d"}
     figure, axes = plt.subplots(1, len(shown), figsize=size, subplot_kw=kind, squeeze=False)
+    look = {"rcount": GRID, "ccount": GRID, "antialiased": False, "rasterized": True, "vmin": 0, "cmap": "viridis"}
     for axis, (label, _), surface in zip(axes[0], shown, surfaces, strict=True):
-        colours = {"cmap": "viridis", "vmin": 0, "vmax": np.quantile(surfaces[0], 0.99)}
-        drawn = axis.plot_surface(
-            s, a, surface, rcount=GRID, ccount=GRID, antialiased=False, rasterized=True, **colours
-        )
+        drawn = axis.plot_surface(s, a, surface, vmax=np.quantile(surfaces[0], 0.99), **look)
         axis.set_title(f"{label}: mean {surface.mean():.3g}, max {surface.max():.3g}", y=0.95)
         axis.set(xticks=(-STATE_SWEEP, 0, STATE_SWEEP), yticks=(-ACTION_SWEEP, 0, ACTION_SWEEP))
         axis.set_xlabel(f"$\\Delta s_{{{pair[0]}}}$ (observation units)")
@@ -308,8 +304,7 @@ def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: `arguments`, or the program's own."""
-    commands = {function.__name__: function for function in (field, actions, curves)}
+    commands = {"field": field, "actions": actions, "curves": curves}
     with user_errors(), plt.rc_context(STYLE):
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
 

@@ -279,7 +279,7 @@ def different_settings(rows: pd.DataFrame) -> list[str]:
 def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     """Return and sm with each set of losses: a dot is a seed."""
     figure, parts = plot.pairs_of_panels(rows, title)
-    for axes, method, seeds in parts:
+    for axes, method, _, seeds in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             axis.plot([method.removeprefix("ablation-")] * len(seeds), seeds[measure], "ko", alpha=0.6)
             axis.set(xlabel="MPR, VFC, Curv: 1 on, 0 off", ylabel=plot.AXES[measure])
