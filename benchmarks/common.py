@@ -70,9 +70,8 @@ def method_of(script: ModuleType, args: dict) -> str:
     return names.get(lambdas, "ablation-" + "".join(str(int(value > 0)) for value in lambdas) if ablated else "own")
 
 
-def load_run(path: str | Path, need_critic: bool = True) -> Run:
+def load_run(path: Path, need_critic: bool = True) -> Run:
     """Read a run's folder: checkpoint.pt or, unless need_critic, actor.pt, which has none. UserError where it can't."""
-    path = Path(path)
     files = [path / "checkpoint.pt"] if need_critic else [path / "checkpoint.pt", path / "actor.pt"]
     file = next(filter(Path.is_file, files), None)
     require(file, f"{path} is not a run folder, or lacks its {' and '.join(file.name for file in files)}")
@@ -144,16 +143,13 @@ def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Epis
 def machine() -> dict[str, str | None]:
     """What a measurement made here and now depends on: machine, torch, commit."""
 
-    def told(*command) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:  # not installed
-            return ""
+    def told(command: str) -> str:  # "" where it isn't installed: that error is the shell's
+        return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
     parts = [model[1] if model else platform.machine(), f"{os.cpu_count()} cores"]
-    parts += told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()[:1]
+    parts += told("nvidia-smi --query-gpu=name --format=csv,noheader").splitlines()[:1]
     parts += [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
-    commit = told("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = told("git describe --always --dirty --abbrev=40 --exclude='*'")
     return {"machine": ", ".join(parts), "torch": torch.__version__, "commit": commit or None}

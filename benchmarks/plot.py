@@ -52,9 +52,6 @@ EpisodeNumber = Annotated[int, tyro.conf.arg(help="which of the evaluation's epi
 Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: what changes most in the first run")]
 
 
-# ---------------------------------------------------------------------------------------------------------- runs
-
-
 def settings_of(run: Run) -> dict:
     """What makes a training: all seeds of a group have the same."""
     settings = {name: value for name, value in vars(run.args).items() if not name.startswith(FREE)}
@@ -72,9 +69,8 @@ def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
     shown = list(zip(labels or [f"{run.algorithm.upper()} {run.method}" for run in runs], runs, strict=True))
     first = {label: settings_of(run) for label, run in reversed(shown)}
     for label, run in shown:
-        differing = {name for name, _ in first[label].items() ^ settings_of(run).items()}
-        told = ", ".join(sorted(differing))
-        require(not differing, f"the runs of {label} differ in {told}: tell them apart by --labels")
+        differing = ", ".join(sorted({name for name, _ in first[label].items() ^ settings_of(run).items()}))
+        require(not differing, f"the runs of {label} differ in {differing}: tell them apart by --labels")
     return shown
 
 
@@ -120,9 +116,6 @@ def save(figure, output: Path) -> None:
     print(f"wrote {output}")
 
 
-# ------------------------------------------------------------------------------------- rows of runs.csv, for the report
-
-
 def pairs_of_panels(rows: pd.DataFrame, title: str):
     """A figure with two panels for each algorithm; and of each method (panels, name, name in a legend, rows)."""
     algorithms, parts = list(rows.groupby("algorithm")), []
@@ -159,12 +152,9 @@ def draw_seeds(axis, x, values: np.ndarray, colour: str, label: str) -> None:
         axis.plot(x, values.T, color=colour, linewidth=0.8, alpha=0.4)
 
 
-def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure | None:
-    """Return and sm against the noise on what the policy sees; None where no run has any."""
-    measured = rows.dropna(axis=1, how="all")
-    levels = sorted(float(name.partition("@")[2]) for name in measured if name.startswith("return_mean@"))
-    if not levels:
-        return None
+def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
+    """Return and sm against the noise on what the policy sees."""
+    levels = sorted(float(name.partition("@")[2]) for name in rows if name.startswith("return_mean@"))
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["method"])
     for axes, method, label, seeds in parts:
@@ -178,9 +168,6 @@ def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure | None:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------- curves
-
-
 def read_curve(run: Run, tag: str) -> pd.Series:
     """The values of one tag of the run's TensorBoard files by step; UserError if it isn't there."""
     events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
@@ -189,9 +176,7 @@ def read_curve(run: Run, tag: str) -> pd.Series:
     return pd.Series({event.step: event.value for event in events.Scalars(tag)})
 
 
-def curves(
-    runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]
-) -> None:
+def curves(runs: Paths, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]) -> None:
     """Learning curves, by default of the evaluations during training."""
     shown = open_runs(runs, labels)
     colours = colours_of(label for label, _ in shown)
@@ -210,14 +195,8 @@ def curves(
     save(figure, output)
 
 
-# --------------------------------------------------------------------------------------------- actions and field
-
-
 def spectrum(env_actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies (cycles per step) that sm weighs and their amplitudes 2 |FFT| / T, mean over actions, of (T, d_a).
-
-    Without the mean action; a sine of amplitude 1 has 1 at its frequency.
-    """
+    """The frequencies (cycles per step) that sm weighs, and their amplitudes, mean over actions, of (T, d_a)."""
     steps = len(env_actions)
     kept = slice(1, max(steps // 2, 2))
     amplitudes = 2 / steps * np.abs(np.fft.rfft(env_actions, axis=0)).mean(axis=1)
@@ -226,7 +205,6 @@ def spectrum(env_actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def actions(
     runs: Paths,
-    /,
     labels: Labels = (),
     output: Output = Path("actions.png"),
     episode: EpisodeNumber = 0,
@@ -240,10 +218,9 @@ def actions(
     played = [play(run, episode).env_actions for _, run in shown]
     dimension = choose_action(played[0], dimension)
     figure = plt.figure(figsize=(WIDTH, 1 + 1.6 * max(len(shown), 2)))
-    layout, trace = figure.add_gridspec(len(shown), 2, width_ratios=(1.7, 1)), None
-    spectra = figure.add_subplot(layout[:, 1])
-    for i, ((label, run), env_actions) in enumerate(zip(shown, played, strict=True)):
-        trace = figure.add_subplot(layout[i, 0], sharex=trace, sharey=trace)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
+    traces, spectra = left.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0], right.subplots()
+    for trace, (label, run), env_actions in zip(traces, shown, played, strict=True):
         trace.plot(env_actions[:steps, dimension], color=colours[label], linewidth=1.2)
         sm = run.script.smoothness(env_actions)
         trace.set_title(f"{label}: sm {sm:.3f}, {len(env_actions):,} steps", loc="left", fontsize=10)
@@ -274,7 +251,7 @@ def field_surface(critic, observation, action, pair: tuple[int, int]) -> np.ndar
     return matrix_norm(hessians, ord=2).reshape(GRID, GRID).numpy()
 
 
-def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"), episode: EpisodeNumber = 0) -> None:
+def field(runs: Paths, labels: Labels = (), output: Output = Path("field.png"), episode: EpisodeNumber = 0) -> None:
     """The Q-gradient field: ||d2Q/dsda||_2 around each run's own (s, pi(s)) halfway through an episode.
 
     Swept is the pair of dimensions with the largest |d2Q/dsda| of the first run, +-1.0 in the observation and +-1.5 in
