@@ -107,7 +107,7 @@ class Episode(NamedTuple):
 
 
 class Recorder(gym.Wrapper):
-    """Keeps every step of `env` (of script.make_env), and shows observations with uniform noise of +-`noise`."""
+    """Keeps each step of `env` (of script.make_env); shows observations with uniform noise +-`noise`, () or (d_s,)."""
 
     def __init__(self, env: gym.Env, noise):
         super().__init__(env)
@@ -131,10 +131,7 @@ class Recorder(gym.Wrapper):
 
 
 def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Episode], dict[str, float]]:
-    """Episodes of the deterministic policy and their metrics, both by script.evaluate: same starts, same measures.
-
-    noise: half-width of the uniform noise on what the policy sees, a number or (d_s,), in the observation's own units
-    """
+    """Episodes of the deterministic policy and their metrics, both by script.evaluate: same starts, same measures."""
     recorder = Recorder(env, noise)
     metrics = run.script.evaluate(run.actor, recorder, episodes)
     return [Episode(*map(np.array, zip(*steps, strict=True))) for steps in recorder.episodes], metrics
@@ -146,9 +143,8 @@ def machine() -> dict[str, str | None]:
     def told(command: str) -> str:  # "" where it isn't installed: that error is the shell's
         return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
-    parts = [model[1] if model else platform.machine(), f"{os.cpu_count()} cores"]
+    model = told("grep -m 1 'model name' /proc/cpuinfo").partition(": ")[2]
+    parts = [model or platform.machine(), f"{os.cpu_count()} cores"]
     parts += told("nvidia-smi --query-gpu=name --format=csv,noheader").splitlines()[:1]
     parts += [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
     commit = told("git describe --always --dirty --abbrev=40 --exclude='*'")

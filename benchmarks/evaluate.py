@@ -26,9 +26,8 @@ Geometry is exact (no finite difference, no probe), in float64, of the first cri
 actions in [-1, 1] and raw observations, as both networks see them. What is defined nowhere is null.
 
 How far to trust the bound: the theorem is about the greedy policy where its maximum is interior. The trained actor only
-approximates that policy, and a saturated action is no interior maximum (its dpi/ds is nearly 0, so the bound holds
-there for free): bound_holds_share is a measurement, neither proof nor refutation. mu_inf is an infimum: one state at
-the edge of concavity makes it tiny and bound_sup huge.
+approximates that policy, and at a saturated action the bound holds for free (dpi/ds is nearly 0): bound_holds_share
+neither proves nor refutes it. One state at the edge of concavity makes mu_inf tiny and bound_sup huge.
 """
 
 import copy
@@ -68,11 +67,7 @@ def critic_hessians(critic, observations, actions) -> tuple[torch.Tensor, torch.
 
     The Jacobian of grad_a Q in (s, a) takes d_a reverse passes for both; a forward one would take d_s.
     """
-
-    def gradient(observation, action):
-        return action_gradient(critic, observation[None], action[None])[0][0]
-
-    jacobians = torch.func.jacrev(gradient, argnums=(0, 1))
+    jacobians = torch.func.jacrev(lambda s, a: action_gradient(critic, s[None], a[None])[0][0], argnums=(0, 1))
     return torch.func.vmap(jacobians, chunk_size=CHUNK)(observations, actions)
 
 

@@ -54,8 +54,7 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 
 def settings_of(run: Run) -> dict:
     """What makes a training: all seeds of a group have the same."""
-    settings = {name: value for name, value in vars(run.args).items() if not name.startswith(FREE)}
-    return settings | {"steps trained": run.step}
+    return {k: v for k, v in vars(run.args).items() if not k.startswith(FREE)} | {"steps trained": run.step}
 
 
 def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
@@ -271,20 +270,15 @@ def field(runs: Paths, labels: Labels = (), output: Output = Path("field.png"), 
         drawn = axis.plot_surface(s, a, surface, vmax=np.quantile(surfaces[0], 0.99), **look)
         axis.set_title(f"{label}: mean {surface.mean():.3g}, max {surface.max():.3g}", y=0.95)
         axis.set(xticks=(-STATE_SWEEP, 0, STATE_SWEEP), yticks=(-ACTION_SWEEP, 0, ACTION_SWEEP))
-        axis.set_xlabel(f"$\\Delta s_{{{pair[0]}}}$ (observation units)")
+        axis.set(zlim=(0, np.max(surfaces)), xlabel=f"$\\Delta s_{{{pair[0]}}}$ (observation units)")
         axis.set_ylabel(f"$\\Delta a_{{{pair[1]}}}$ (normalised)")
-        axis.set_zlim(0, np.max(surfaces))
         axis.set_box_aspect(None, zoom=0.85)
     figure.colorbar(drawn, ax=axes, shrink=0.6, extend="max", label=r"$\|\nabla^2_{sa} Q_1\|_2$")
     figure.suptitle(f"{shown[0][1].args.env_id}: how fast the action gradient of $Q$ turns with the state")
     save(figure, output)
 
 
-def main(arguments: list[str] | None = None) -> None:
+if __name__ == "__main__":
     commands = {"field": field, "actions": actions, "curves": curves}
     with user_errors(), plt.rc_context(STYLE):
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
-
-
-if __name__ == "__main__":
-    main()
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

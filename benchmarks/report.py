@@ -38,8 +38,6 @@ EVALUATED = ["episodes", "version", "noise_reference"]  # how
 TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
 ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
-SATURATION = Path(__file__).parent / "results" / "saturation.csv"  # of benchmarks.evaluate --csv
-UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 DASH = "\u2013"
 
 NOTES = """A run is one number: the mean over its evaluation episodes (deterministic policy, the same starts for every
@@ -184,17 +182,15 @@ def paper(env_id: str) -> dict[tuple, str]:
 
 
 def unequal_lengths(rows: pd.DataFrame) -> str:
-    """A line where the methods' episodes are not about as long, or it isn't known; rows: of one env."""
+    """A line where the methods' median lengths differ by more than 5 %, or aren't known; rows: of one env."""
     if rows["length_mean"].isna().any():
         return "Episode lengths were not recorded here, and episodes can end early: **sm may not be comparable**."
     for algorithm, runs in rows.groupby("algorithm"):
         lengths = runs.groupby("method")["length_mean"].median()
-        if lengths.max() > UNEQUAL * lengths.min():
+        if lengths.max() > 1.05 * lengths.min():
             pair = " and ".join(f"{m} ({lengths[m]:,.0f} steps)" for m in (lengths.idxmin(), lengths.idxmax()))
-            return (
-                f"**sm isn't comparable here**: episodes differ in length, as {algorithm.upper()} {pair} do. "
-                "Compare the oscillation, which does not grow with the length."
-            )
+            differ = f"**sm isn't comparable here**: episodes differ in length, as {algorithm.upper()} {pair} do. "
+            return differ + "Compare the oscillation, which does not grow with the length."
     return ""
 
 
@@ -262,10 +258,10 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
     """What each method leaves of base's oscillation (medians); the tasks by how much base saturates its actions.
 
-    Older runs have no saturation: for their tasks base was trained again, with other seeds, into SATURATION.
+    Older runs have no saturation: for their tasks base was trained again, with other seeds, into saturation.csv.
     """
     task = ["env_id", "algorithm"]
-    measured = pd.concat([rows, pd.read_csv(SATURATION)])
+    measured = pd.concat([rows, pd.read_csv(Path(__file__).parent / "results" / "saturation.csv")])
     saturation = measured[measured["method"] == "base"].groupby(task)["saturation"].median().dropna()
     medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median")
     medians = medians.reindex(columns=plot.METHODS).dropna(thresh=2)  # base and something else

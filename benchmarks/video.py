@@ -109,10 +109,6 @@ def video(
     print(f"wrote {output}: {len(pictures)} pictures, {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    with user_errors(), plt.rc_context(plot.STYLE):
-        tyro.cli(video, description=__doc__, args=arguments)
-
-
 if __name__ == "__main__":
-    main()
+    with user_errors(), plt.rc_context(plot.STYLE):
+        tyro.cli(video, description=__doc__)
