@@ -58,9 +58,7 @@ def read_json(path: Path) -> dict:
 
 
 def method_of(script: ModuleType, args: dict) -> str:
-    """base, pave, untuned, auto, caps, ablation-ijk (a 0 for each of the env's lambdas that is off) or own, of settings
-    in which the lambdas are numbers. Where the script has no tuned lambdas for the env, what it takes is untuned.
-    """
+    """base, pave, untuned (also what an env without tuned lambdas takes), auto, caps, ablation-ijk or own."""
     if "caps_temporal" in args or args["autotune_curv"]:
         return "caps" if "caps_temporal" in args else "auto"
     lambdas, env = tuple(args[name] for name in script.LAMBDAS), re.sub(r"-v\d+$", "", args["env_id"])

@@ -153,7 +153,8 @@ def draw_seeds(axis, x, values: np.ndarray, colour: str, label: str) -> None:
 
 def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     """Return and sm against the noise on what the policy sees."""
-    levels = sorted(float(name.partition("@")[2]) for name in rows if name.startswith("return_mean@"))
+    measured = rows.filter(like="return_mean@").dropna(axis=1, how="all")
+    levels = sorted(float(name.partition("@")[2]) for name in measured)
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["method"])
     for axes, method, label, seeds in parts:

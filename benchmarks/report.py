@@ -77,6 +77,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     numbers = {"seed": int, "steps": int, "return_mean": float, "smoothness_mean": float}
     try:
         rows = pd.read_csv(path, dtype=numbers | {"missing": object, "commit": str})
+        rows["missing"] = rows.get("missing")  # None where the file has no such column
         empty = rows[KEY].isna().any(axis=1) | rows["missing"].isna() & rows[[*numbers]].isna().any(axis=1)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"cannot read {path}, no runs.csv of a report: {' '.join(str(error).split())}") from error
@@ -134,9 +135,10 @@ def read_inputs(paths) -> pd.DataFrame:
     return rows.sort_values(KEY, key=lambda column: column.replace(order))
 
 
-def centre(values) -> float:
+def centre(values, axis: int = -1):  # with an axis scipy resamples 200 times as fast
     """The median; from ENOUGH seeds on the interquartile mean, without the lowest and the highest quarter."""
-    return stats.trim_mean(values, 0.25) if len(values) >= ENOUGH else np.median(values)
+    many = np.shape(values)[axis] >= ENOUGH
+    return stats.trim_mean(values, 0.25, axis=axis) if many else np.median(values, axis=axis)
 
 
 def p_lower(x: np.ndarray, y: np.ndarray) -> float:

@@ -33,9 +33,8 @@ def drawn(monkeypatch):
 
 def row(method="base", seed=1, sm=0.5, env_id="Hopper-v5", algorithm="td3", **more) -> dict:
     values = {"algorithm": algorithm, "method": method, "env_id": env_id, "seed": seed, "steps": 100_000}
-    values |= {"length_mean": 200.0, "neg_def": 0.5, "bound_sup": 9.0, "missing": None}
     values |= {"episodes": 10, "return_mean": -100.0, "return_std": 20.0, "smoothness_mean": sm, "oscillation": 0.1}
-    return values | {"command": f"x.py --seed {seed}"} | more
+    return values | {"length_mean": 200.0, "neg_def": 0.5, "bound_sup": 9.0, "command": f"x.py --seed {seed}"} | more
 
 
 def make(tmp_path, rows, *inputs) -> str:
