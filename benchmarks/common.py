@@ -81,7 +81,7 @@ def load_run(path: Path, need_critic: bool = True) -> Run:
         sizes = weights["actor.net.0.weight"].shape[1], outputs // 2 if algorithm == "sac" else outputs  # mean, std
         actor = with_weights(script.Actor(*sizes), weights, "actor.")
         critic = with_weights(script.QNetwork(*sizes), weights, "critics.0.").double() if need_critic else None
-        args = vars(script.Args()) | saved["args"]
+        args = vars(script.Args()) | saved["args"] | read_json(path / "caps.json")  # where CAPS once kept its weights
         method = method_of(script, args)
     except Exception as error:
         cause = " ".join(repr(error).split())[:200]

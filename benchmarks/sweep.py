@@ -189,7 +189,7 @@ def inspect(cell: Cell) -> tuple[int, Path | None]:
             if "optimizers" not in saved or saved["step"] == steps:
                 continue  # of an older version of the script, or killed in its last step, before the summary
             trained, step = asdict(saved["args"]), saved["step"]
-        trained = vars(script.Args()) | trained | {"total_timesteps": max(step, steps)}
+        trained = vars(script.Args()) | trained | read_json(run / "caps.json") | {"total_timesteps": max(step, steps)}
         other = [f"{k} {trained.get(k)} instead of {v}" for k, v in cell.settings.items() if trained.get(k) != v]
         require(not other, f"was trained with {', '.join(other)}: ask for that, or give the grid another --name")
         if step > furthest[0]:

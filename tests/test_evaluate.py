@@ -43,8 +43,9 @@ def test_load_run_restores_the_trained_networks_also_of_other_versions(script, r
     told = (run.script, run.algorithm, run.method, run.args.env_id, run.step, run.path)
     assert told == (script, script.SCRIPT[:3].rstrip("_"), "pave", "Pendulum-v1", 105, run_dir)
     del saved["args"]["pave_batch_size"]
-    saved["args"] |= {"a_flag_since_removed": 3, "caps_temporal": 1.0}
+    saved["args"]["a_flag_since_removed"] = 3
     torch.save(saved, run_dir / "checkpoint.pt")
+    (run_dir / "caps.json").write_text('{"caps_temporal": 1.0}')
     old = load_run(run_dir)
     assert (old.args.a_flag_since_removed, old.args.pave_batch_size, old.args.batch_size) == (3, None, 16)
     assert old.method == "caps"
