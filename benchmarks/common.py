@@ -58,9 +58,7 @@ def read_json(path: Path) -> dict:
 
 
 def method_of(script: ModuleType, args: dict) -> str:
-    """base, pave, untuned, auto, caps, ablation-ijk (a 0 for each of the env's lambdas that is off) or own, of settings
-    in which the lambdas are numbers. Where the script has no tuned lambdas for the env, what it takes is untuned.
-    """
+    """base, pave, untuned (also what an env without tuned lambdas takes), auto, caps, ablation-ijk or own."""
     if "caps_temporal" in args or args["autotune_curv"]:
         return "caps" if "caps_temporal" in args else "auto"
     lambdas, env = tuple(args[name] for name in script.LAMBDAS), re.sub(r"-v\d+$", "", args["env_id"])
@@ -70,15 +68,8 @@ def method_of(script: ModuleType, args: dict) -> str:
     return names.get(lambdas, "ablation-" + "".join(str(int(value > 0)) for value in lambdas) if ablated else "own")
 
 
-def settings_of(script: ModuleType, saved: dict, run_dir: Path) -> dict:
-    """All settings of a run, also of an older version of its script, from those that it saved."""
-    # caps.json is where CAPS once kept its weights; now they are among the saved settings
-    return vars(script.Args()) | saved | read_json(run_dir / "caps.json")
-
-
-def load_run(path: str | Path, need_critic: bool = True) -> Run:
+def load_run(path: Path, need_critic: bool = True) -> Run:
     """Read a run's folder: checkpoint.pt or, unless need_critic, actor.pt, which has none. UserError where it can't."""
-    path = Path(path)
     files = [path / "checkpoint.pt"] if need_critic else [path / "checkpoint.pt", path / "actor.pt"]
     file = next(filter(Path.is_file, files), None)
     require(file, f"{path} is not a run folder, or lacks its {' and '.join(file.name for file in files)}")
@@ -90,7 +81,7 @@ def load_run(path: str | Path, need_critic: bool = True) -> Run:
         sizes = weights["actor.net.0.weight"].shape[1], outputs // 2 if algorithm == "sac" else outputs  # mean, std
         actor = with_weights(script.Actor(*sizes), weights, "actor.")
         critic = with_weights(script.QNetwork(*sizes), weights, "critics.0.").double() if need_critic else None
-        args = settings_of(script, saved["args"], path)
+        args = vars(script.Args()) | saved["args"] | read_json(path / "caps.json")  # where CAPS once kept its weights
         method = method_of(script, args)
     except Exception as error:
         cause = " ".join(repr(error).split())[:200]
@@ -114,7 +105,7 @@ class Episode(NamedTuple):
 
 
 class Recorder(gym.Wrapper):
-    """Keeps every step of `env` (of script.make_env), and shows observations with uniform noise of +-`noise`."""
+    """Keeps each step of `env` (of script.make_env); shows observations with uniform noise +-`noise`, () or (d_s,)."""
 
     def __init__(self, env: gym.Env, noise):
         super().__init__(env)
@@ -138,10 +129,7 @@ class Recorder(gym.Wrapper):
 
 
 def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Episode], dict[str, float]]:
-    """Episodes of the deterministic policy and their metrics, both by script.evaluate: same starts, same measures.
-
-    noise: half-width of the uniform noise on what the policy sees, a number or (d_s,), in the observation's own units
-    """
+    """Episodes of the deterministic policy and their metrics, both by script.evaluate: same starts, same measures."""
     recorder = Recorder(env, noise)
     metrics = run.script.evaluate(run.actor, recorder, episodes)
     return [Episode(*map(np.array, zip(*steps, strict=True))) for steps in recorder.episodes], metrics
@@ -150,16 +138,12 @@ def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Epis
 def machine() -> dict[str, str | None]:
     """What a measurement made here and now depends on: machine, torch, commit."""
 
-    def told(*command) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:  # not installed
-            return ""
+    def told(command: str) -> str:  # "" where it isn't installed: that error is the shell's
+        return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
-    parts = [model[1] if model else platform.machine(), f"{os.cpu_count()} cores"]
-    parts += told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()[:1]
+    model = told("grep -m 1 'model name' /proc/cpuinfo").partition(": ")[2]
+    parts = [model or platform.machine(), f"{os.cpu_count()} cores"]
+    parts += told("nvidia-smi --query-gpu=name --format=csv,noheader").splitlines()[:1]
     parts += [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
-    commit = told("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = told("git describe --always --dirty --abbrev=40 --exclude='*'")
     return {"machine": ", ".join(parts), "torch": torch.__version__, "commit": commit or None}

@@ -5,33 +5,29 @@
 prints one table and writes evaluation.json into each run folder; what is there already, from the same code, step and
 number of episodes, is kept. What the numbers are:
 
-    return, smoothness, oscillation,  the script's own evaluate(): deterministic policy, fixed starts, env action units.
-    length                            smoothness (sm) grows with the length: compare it at equal lengths only
-    saturation                        share of action entries within 1 % of a limit: beyond +-0.98 in [-1, 1]
-    saturation_outward                share of states where a component of grad_a Q1 points outwards at such a limit:
-                                      no maximum of Q inside the action box, which the theorem presumes
-    m_sup, m_mean                     ||d2Q/dsda||_2, largest and mean: how fast the action gradient turns with s
-    neg_def                           share of states where d2Q/da2 is negative definite, as at a strict maximum
-    mu_inf                            smallest |lambda_max(d2Q/da2)| over those states
-    trace_abs_inf                     smallest |tr d2Q/da2| over all states: what the paper's release reports for mu; it
-                                      needs no negative definiteness, and bounds nothing
-    cosine_mean, flip_rate            cosine of grad_a Q1 at consecutive steps of an episode: mean, and share below 0
-    actor_jacobian_sup                largest ||dpi/ds||_2 of the actor itself
-    bound_sup                         M/mu = m_sup / mu_inf, the theorem's bound on the greedy policy's slope
-    bound_holds_share                 share of the negative definite states where
-                                      ||dpi/ds||_2 <= ||d2Q/dsda||_2 / |lambda_max(d2Q/da2)|
-    robustness                        return, smoothness and length where the policy sees each observation with uniform
-                                      noise of +-level standard deviations; the env steps from the true state. The
-                                      standard deviations are those of what a uniformly random policy visits, so that
-                                      every run of an env meets the same noise
+    return, smoothness,     the script's own evaluate(): deterministic policy, fixed starts, env action units.
+    oscillation, length     smoothness (sm) grows with the length: compare it at equal lengths only
+    saturation              share of action entries within 1 % of a limit: beyond +-0.98 in [-1, 1]
+    saturation_outward      share of states where a component of grad_a Q1 points outwards at such a limit:
+                            no maximum of Q inside the action box, which the theorem presumes
+    m_sup, m_mean           ||d2Q/dsda||_2, largest and mean: how fast the action gradient turns with s
+    neg_def                 share of concave states: d2Q/da2 is negative definite, as at a strict maximum
+    mu_inf                  smallest |lambda_max(d2Q/da2)| over the concave states
+    trace_abs_inf           smallest |tr d2Q/da2| over all states: the paper's release reports it for mu; bounds nothing
+    cosine_mean, flip_rate  cosine of grad_a Q1 at consecutive steps of an episode: mean, and share below 0
+    actor_jacobian_sup      largest ||dpi/ds||_2 of the actor itself
+    bound_sup               M/mu = m_sup / mu_inf, the theorem's bound on the greedy policy's slope
+    bound_holds_share       share of the concave states where ||dpi/ds||_2 <= ||d2Q/dsda||_2 / |lambda_max(d2Q/da2)|
+    robustness              return, smoothness and length where the policy sees each observation with uniform noise of
+                            +-level standard deviations of what a uniformly random policy visits, the same for every
+                            run of an env; the env steps from the true state
 
 Geometry is exact (no finite difference, no probe), in float64, of the first critic Q1 at every visited (s, pi(s)), with
 actions in [-1, 1] and raw observations, as both networks see them. What is defined nowhere is null.
 
 How far to trust the bound: the theorem is about the greedy policy where its maximum is interior. The trained actor only
-approximates that policy, and a saturated action is no interior maximum (its dpi/ds is nearly 0, so the bound holds
-there for free): bound_holds_share is a measurement, neither proof nor refutation. mu_inf is an infimum: one state at
-the edge of concavity makes it tiny and bound_sup huge.
+approximates that policy, and at a saturated action the bound holds for free (dpi/ds is nearly 0): bound_holds_share
+neither proves nor refutes it. One state at the edge of concavity makes mu_inf tiny and bound_sup huge.
 """
 
 import copy
@@ -46,6 +42,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from torch.linalg import matrix_norm
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -70,28 +67,8 @@ def critic_hessians(critic, observations, actions) -> tuple[torch.Tensor, torch.
 
     The Jacobian of grad_a Q in (s, a) takes d_a reverse passes for both; a forward one would take d_s.
     """
-
-    def gradient(observation, action):
-        return action_gradient(critic, observation[None], action[None])[0][0]
-
-    jacobians = torch.func.jacrev(gradient, argnums=(0, 1))
+    jacobians = torch.func.jacrev(lambda s, a: action_gradient(critic, s[None], a[None])[0][0], argnums=(0, 1))
     return torch.func.vmap(jacobians, chunk_size=CHUNK)(observations, actions)
-
-
-def mixed_hessians(critic, observations, actions) -> torch.Tensor:
-    """Exact d2Q/dsda (B, d_a, d_s)."""
-    return critic_hessians(critic, observations, actions)[0]
-
-
-def actor_jacobians(actor, observations) -> torch.Tensor:
-    """Exact dpi/ds (B, d_a, d_s) of the deterministic policy, actions in [-1, 1], at (B, d_s)."""
-    jacobian = torch.func.jacrev(lambda observation: actor(observation[None])[0])
-    return torch.func.vmap(jacobian, chunk_size=CHUNK)(observations)
-
-
-def spectral_norms(matrices) -> torch.Tensor:
-    """Largest singular value: (B, m, n) -> (B,)."""
-    return torch.linalg.matrix_norm(matrices, ord=2)
 
 
 def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
@@ -99,6 +76,7 @@ def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
 
     actor, critic: float64 callables (B, d_s) -> (B, d_a) and (B, d_s), (B, d_a) -> (B,)
     """
+    actor_jacobians = torch.func.vmap(torch.func.jacrev(lambda s: actor(s[None])[0]), chunk_size=CHUNK)
     columns = []
     for episode in episodes:
         observations, actions = (torch.from_numpy(part).double() for part in episode[:2])
@@ -107,8 +85,8 @@ def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
         cosines = F.cosine_similarity(gradients[:-1], gradients[1:], dim=1)  # never across two episodes
         outward = ((actions.abs() > LIMIT) & (gradients * actions > 0)).any(dim=1)
         largest, trace = torch.linalg.eigvalsh(hessians)[:, -1], hessians.diagonal(dim1=1, dim2=2).sum(-1)
-        slopes = spectral_norms(actor_jacobians(actor, observations))
-        columns.append((spectral_norms(mixed), largest, trace, slopes, outward.double(), cosines))
+        slopes = matrix_norm(actor_jacobians(observations), ord=2)
+        columns.append((matrix_norm(mixed, ord=2), largest, trace, slopes, outward.double(), cosines))
     mixed, largest, trace, slopes, outward, cosines = map(torch.cat, zip(*columns, strict=True))
     concave = largest < 0
     mu = -largest[concave]
@@ -163,11 +141,6 @@ def evaluate_run(run: Run, episodes: int = 10) -> dict:
     return about(run.step, episodes) | values | {"noise_std": deviations.tolist(), "robustness": robustness}
 
 
-def read_evaluation(path: Path) -> dict:
-    """A run's evaluation.json; {} where there is none, or half of one."""
-    return read_json(path / "evaluation.json")
-
-
 def flat(evaluation: dict) -> dict[str, float]:
     """The evaluation as one row: robustness becomes the columns return_mean@0.01, smoothness_mean@0.01 and so on."""
     row = {key: value for key, value in evaluation.items() if key not in ("robustness", "noise_std")}
@@ -181,7 +154,7 @@ def main(args: Args) -> None:
     require(args.episodes > 0, f"--episodes is {args.episodes}; it must be at least 1")
     rows = []
     for run in [load_run(path, need_critic=False) for path in args.runs]:
-        evaluation = read_evaluation(run.path)
+        evaluation = read_json(run.path / "evaluation.json")
         if not about(run.step, args.episodes).items() <= evaluation.items():
             evaluation = evaluate_run(load_run(run.path), args.episodes)
             (run.path / "evaluation.json").write_text(json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
@@ -190,8 +163,7 @@ def main(args: Args) -> None:
     table = pd.DataFrame(rows)
     if args.csv:
         table.to_csv(args.csv, index=False)
-    columns = table.drop(columns="run").T
-    print(columns.to_string(header=False, float_format="{:.4g}".format, na_rep="-"))
+    print(table.drop(columns="run").T.to_string(header=False, float_format="{:.4g}".format, na_rep="-"))
 
 
 if __name__ == "__main__":

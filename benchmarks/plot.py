@@ -21,9 +21,10 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image
 from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.linalg import matrix_norm
 
 from benchmarks.common import Episode, Run, load_run, require, rollout, user_errors
-from benchmarks.evaluate import mixed_hessians, spectral_norms
+from benchmarks.evaluate import critic_hessians
 
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000")  # Okabe-Ito: colour-blind safe
@@ -51,13 +52,9 @@ EpisodeNumber = Annotated[int, tyro.conf.arg(help="which of the evaluation's epi
 Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: what changes most in the first run")]
 
 
-# ---------------------------------------------------------------------------------------------------------- runs
-
-
 def settings_of(run: Run) -> dict:
     """What makes a training: all seeds of a group have the same."""
-    settings = {name: value for name, value in vars(run.args).items() if not name.startswith(FREE)}
-    return settings | {"steps trained": run.step}
+    return {k: v for k, v in vars(run.args).items() if not k.startswith(FREE)} | {"steps trained": run.step}
 
 
 def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
@@ -71,9 +68,8 @@ def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
     shown = list(zip(labels or [f"{run.algorithm.upper()} {run.method}" for run in runs], runs, strict=True))
     first = {label: settings_of(run) for label, run in reversed(shown)}
     for label, run in shown:
-        differing = {name for name, _ in first[label].items() ^ settings_of(run).items()}
-        told = ", ".join(sorted(differing))
-        require(not differing, f"the runs of {label} differ in {told}: tell them apart by --labels")
+        differing = ", ".join(sorted({name for name, _ in first[label].items() ^ settings_of(run).items()}))
+        require(not differing, f"the runs of {label} differ in {differing}: tell them apart by --labels")
     return shown
 
 
@@ -93,10 +89,10 @@ def colours_of(labels) -> dict[str, str]:
     return dict(zip(labels, [COLOURS[METHODS.index(m)] for m in methods] if own else COLOURS, strict=False))
 
 
-def play(run: Run, episode: int, env=None) -> Episode:
-    """The `episode`th, from 0, of those that evaluate() plays, the same start for every run; env: see make_env."""
+def play(run: Run, episode: int) -> Episode:
+    """The `episode`th, from 0, of those that evaluate() plays, the same start for every run."""
     require(episode >= 0, f"--episode is {episode}; it must be 0 or more")
-    with env or run.script.make_env(run.args.env_id) as env:
+    with run.script.make_env(run.args.env_id) as env:
         return rollout(run, env, episode + 1)[0][episode]
 
 
@@ -119,35 +115,29 @@ def save(figure, output: Path) -> None:
     print(f"wrote {output}")
 
 
-# ------------------------------------------------------------------------------------- rows of runs.csv, for the report
-
-
 def pairs_of_panels(rows: pd.DataFrame, title: str):
-    """A figure with two panels for each algorithm; and (panels, method, its rows) of each method."""
+    """A figure with two panels for each algorithm; and of each method (panels, name, name in a legend, rows)."""
     algorithms, parts = list(rows.groupby("algorithm")), []
     figure, axes = plt.subplots(len(algorithms), 2, figsize=(WIDTH, 0.7 + 3.1 * len(algorithms)), squeeze=False)
     figure.suptitle(title)
     for line, (algorithm, runs) in zip(axes, algorithms, strict=True):
         line[0].set_title(algorithm.upper(), loc="left")
-        parts += [(line, method, seeds) for method, seeds in runs.groupby("method", sort=False)]
+        for method, seeds in runs.groupby("method", sort=False):
+            length = seeds["length_mean"].median()  # sm depends on it
+            label = method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
+            parts.append((line, method, label, seeds))
     return figure, parts
-
-
-def with_length(method: str, seeds: pd.DataFrame) -> str:
-    """The method's name in a legend: sm depends on the episode's length, so the name has it."""
-    length = seeds["length_mean"].median()
-    return method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
 
 
 def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     """Return against sm and oscillation: a dot is a seed, a ring their median."""
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["method"])
-    for axes, method, seeds in parts:
+    for axes, method, label, seeds in parts:
         for axis, measure in zip(axes, ("smoothness_mean", "oscillation"), strict=True):
             axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colours[method], linewidth=0, alpha=0.7)
             ring = {"markersize": 11, "markerfacecolor": "none", "color": colours[method]}
-            axis.plot(*seeds[[measure, "return_mean"]].median(), "o", label=with_length(method, seeds), **ring)
+            axis.plot(*seeds[[measure, "return_mean"]].median(), "o", label=label, **ring)
             axis.set(xlabel=AXES[measure], ylabel=AXES["return_mean"])
             axis.set_xlim(0, 1.08 * axis.dataLim.xmax)
         axes[0].legend(fontsize=8)
@@ -161,26 +151,21 @@ def draw_seeds(axis, x, values: np.ndarray, colour: str, label: str) -> None:
         axis.plot(x, values.T, color=colour, linewidth=0.8, alpha=0.4)
 
 
-def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure | None:
-    """Return and sm against the noise on what the policy sees; None where no run has any."""
-    measured = rows.dropna(axis=1, how="all")
-    levels = sorted(float(name.partition("@")[2]) for name in measured if name.startswith("return_mean@"))
-    if not levels:
-        return None
+def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
+    """Return and sm against the noise on what the policy sees."""
+    measured = rows.filter(like="return_mean@").dropna(axis=1, how="all")
+    levels = sorted(float(name.partition("@")[2]) for name in measured)
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["method"])
-    for axes, method, seeds in parts:
+    for axes, method, label, seeds in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             curves = seeds[[measure, *(f"{measure}@{level:g}" for level in levels)]].dropna().to_numpy(float)
             if len(curves):
-                draw_seeds(axis, (0, *levels), curves, colours[method], with_length(method, seeds))
+                draw_seeds(axis, (0, *levels), curves, colours[method], label)
             axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=AXES[measure])
         axes[0].legend(fontsize=8)
         axes[1].set_ylim(bottom=0)
     return figure
-
-
-# ------------------------------------------------------------------------------------------------------- curves
 
 
 def read_curve(run: Run, tag: str) -> pd.Series:
@@ -191,9 +176,7 @@ def read_curve(run: Run, tag: str) -> pd.Series:
     return pd.Series({event.step: event.value for event in events.Scalars(tag)})
 
 
-def curves(
-    runs: Paths, /, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]
-) -> None:
+def curves(runs: Paths, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]) -> None:
     """Learning curves, by default of the evaluations during training."""
     shown = open_runs(runs, labels)
     colours = colours_of(label for label, _ in shown)
@@ -212,14 +195,8 @@ def curves(
     save(figure, output)
 
 
-# --------------------------------------------------------------------------------------------- actions and field
-
-
 def spectrum(env_actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies (cycles per step) that sm weighs and their amplitudes 2 |FFT| / T, mean over actions, of (T, d_a).
-
-    Without the mean action; a sine of amplitude 1 has 1 at its frequency.
-    """
+    """The frequencies (cycles per step) that sm weighs, and their amplitudes, mean over actions, of (T, d_a)."""
     steps = len(env_actions)
     kept = slice(1, max(steps // 2, 2))
     amplitudes = 2 / steps * np.abs(np.fft.rfft(env_actions, axis=0)).mean(axis=1)
@@ -228,7 +205,6 @@ def spectrum(env_actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def actions(
     runs: Paths,
-    /,
     labels: Labels = (),
     output: Output = Path("actions.png"),
     episode: EpisodeNumber = 0,
@@ -242,10 +218,9 @@ def actions(
     played = [play(run, episode).env_actions for _, run in shown]
     dimension = choose_action(played[0], dimension)
     figure = plt.figure(figsize=(WIDTH, 1 + 1.6 * max(len(shown), 2)))
-    layout, trace = figure.add_gridspec(len(shown), 2, width_ratios=(1.7, 1)), None
-    spectra = figure.add_subplot(layout[:, 1])
-    for i, ((label, run), env_actions) in enumerate(zip(shown, played, strict=True)):
-        trace = figure.add_subplot(layout[i, 0], sharex=trace, sharey=trace)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
+    traces, spectra = left.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0], right.subplots()
+    for trace, (label, run), env_actions in zip(traces, shown, played, strict=True):
         trace.plot(env_actions[:steps, dimension], color=colours[label], linewidth=1.2)
         sm = run.script.smoothness(env_actions)
         trace.set_title(f"{label}: sm {sm:.3f}, {len(env_actions):,} steps", loc="left", fontsize=10)
@@ -263,7 +238,7 @@ def actions(
 
 def dominant_pair(critic, observation, action) -> tuple[int, int]:
     """The (state, action) dimensions with the largest |d2Q/dsda| at one point: s (d_s,), a (d_a,)."""
-    hessian = mixed_hessians(critic, observation[None], action[None])[0]  # (d_a, d_s)
+    hessian = critic_hessians(critic, observation[None], action[None])[0][0]  # (d_a, d_s)
     return divmod(int(hessian.abs().argmax()), hessian.shape[1])[::-1]
 
 
@@ -272,11 +247,11 @@ def field_surface(critic, observation, action, pair: tuple[int, int]) -> np.ndar
     states, actions = observation.repeat(GRID, GRID, 1), action.repeat(GRID, GRID, 1)
     states[..., pair[0]] += torch.linspace(-STATE_SWEEP, STATE_SWEEP, GRID, dtype=states.dtype)
     actions[..., pair[1]] += torch.linspace(-ACTION_SWEEP, ACTION_SWEEP, GRID, dtype=actions.dtype)[:, None]
-    hessians = mixed_hessians(critic, states.flatten(0, 1), actions.flatten(0, 1))
-    return spectral_norms(hessians).reshape(GRID, GRID).numpy()
+    hessians, _ = critic_hessians(critic, states.flatten(0, 1), actions.flatten(0, 1))
+    return matrix_norm(hessians, ord=2).reshape(GRID, GRID).numpy()
 
 
-def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"), episode: EpisodeNumber = 0) -> None:
+def field(runs: Paths, labels: Labels = (), output: Output = Path("field.png"), episode: EpisodeNumber = 0) -> None:
     """The Q-gradient field: ||d2Q/dsda||_2 around each run's own (s, pi(s)) halfway through an episode.
 
     Swept is the pair of dimensions with the largest |d2Q/dsda| of the first run, +-1.0 in the observation and +-1.5 in
@@ -291,28 +266,20 @@ def field(runs: Paths, /, labels: Labels = (), output: Output = Path("field.png"
     s, a = np.meshgrid(np.linspace(-STATE_SWEEP, STATE_SWEEP, GRID), np.linspace(-ACTION_SWEEP, ACTION_SWEEP, GRID))
     size, kind = (WIDTH, 0.4 + 7 / len(shown)), {"projection": "3d"}
     figure, axes = plt.subplots(1, len(shown), figsize=size, subplot_kw=kind, squeeze=False)
+    look = {"rcount": GRID, "ccount": GRID, "antialiased": False, "rasterized": True, "vmin": 0, "cmap": "viridis"}
     for axis, (label, _), surface in zip(axes[0], shown, surfaces, strict=True):
-        colours = {"cmap": "viridis", "vmin": 0, "vmax": np.quantile(surfaces[0], 0.99)}
-        drawn = axis.plot_surface(
-            s, a, surface, rcount=GRID, ccount=GRID, antialiased=False, rasterized=True, **colours
-        )
+        drawn = axis.plot_surface(s, a, surface, vmax=np.quantile(surfaces[0], 0.99), **look)
         axis.set_title(f"{label}: mean {surface.mean():.3g}, max {surface.max():.3g}", y=0.95)
         axis.set(xticks=(-STATE_SWEEP, 0, STATE_SWEEP), yticks=(-ACTION_SWEEP, 0, ACTION_SWEEP))
-        axis.set_xlabel(f"$\\Delta s_{{{pair[0]}}}$ (observation units)")
+        axis.set(zlim=(0, np.max(surfaces)), xlabel=f"$\\Delta s_{{{pair[0]}}}$ (observation units)")
         axis.set_ylabel(f"$\\Delta a_{{{pair[1]}}}$ (normalised)")
-        axis.set_zlim(0, np.max(surfaces))
         axis.set_box_aspect(None, zoom=0.85)
     figure.colorbar(drawn, ax=axes, shrink=0.6, extend="max", label=r"$\|\nabla^2_{sa} Q_1\|_2$")
     figure.suptitle(f"{shown[0][1].args.env_id}: how fast the action gradient of $Q$ turns with the state")
     save(figure, output)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: `arguments`, or the program's own."""
-    commands = {function.__name__: function for function in (field, actions, curves)}
-    with user_errors(), plt.rc_context(STYLE):
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
-
-
 if __name__ == "__main__":
-    main()
+    commands = {"field": field, "actions": actions, "curves": curves}
+    with user_errors(), plt.rc_context(STYLE):
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

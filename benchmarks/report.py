@@ -13,7 +13,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -39,10 +38,7 @@ EVALUATED = ["episodes", "version", "noise_reference"]  # how
 TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
 ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
-SATURATION = Path(__file__).parent / "results" / "saturation.csv"  # of benchmarks.evaluate --csv
-UNEQUAL = 1.05  # median episode lengths of two methods, longer / shorter, from which on their sm isn't compared
 DASH = "\u2013"
-SHARE = "{:.2f}".format
 
 NOTES = """A run is one number: the mean over its evaluation episodes (deterministic policy, the same starts for every
 run). What is shown is the scatter over seeds; how much the starts matter is said in each section.
@@ -72,13 +68,8 @@ envs: few have the same methods. \\*: episode lengths differ or were not recorde
 
 @dataclass
 class Args:
-    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """runs.csv files of earlier reports, and folders of runs"""
-    output: Path = Path("report")
-    """folder for what is written; made if it isn't there"""
-
-
-# ---------------------------------------------------------------------------------------------------------- runs
+    inputs: tyro.conf.Positional[tuple[Path, ...]] = ()  # runs.csv files of earlier reports, and folders of runs
+    output: Path = Path("report")  # folder for what is written; made if it isn't there
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -86,14 +77,11 @@ def read_csv(path: Path) -> pd.DataFrame:
     numbers = {"seed": int, "steps": int, "return_mean": float, "smoothness_mean": float}
     try:
         rows = pd.read_csv(path, dtype=numbers | {"missing": object, "commit": str})
-        empty = rows[[*KEY, *numbers]].isna()
+        rows["missing"] = rows.get("missing")  # None where the file has no such column
+        empty = rows[KEY].isna().any(axis=1) | rows["missing"].isna() & rows[[*numbers]].isna().any(axis=1)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"cannot read {path}, no runs.csv of a report: {' '.join(str(error).split())}") from error
-    if "missing" not in rows:
-        rows["missing"] = None
-    bad = empty[KEY].any(axis=1) | rows["missing"].isna() & empty.any(axis=1)
-    lines = " ".join(map(str, rows.index[bad] + 2))
-    require(not bad.any(), f"{path}, line {lines}: a run's name, return or sm is empty")
+    require(not empty.any(), f"{path}, line {empty.argmax() + 2}: a run's name, return or sm is empty")
     return rows
 
 
@@ -136,32 +124,26 @@ def read_inputs(paths) -> pd.DataFrame:
     tables = [read_folder(path) if path.is_dir() else read_csv(path) for path in paths]
     done = any("return_mean" in table for table in tables)
     require(done, f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
-    rows = (
-        pd.concat(tables, ignore_index=True).infer_objects().sort_values("missing", na_position="last", kind="stable")
-    )
+    rows = pd.concat(tables, ignore_index=True).infer_objects().sort_values("missing", kind="stable")  # empty: last
     if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last")
-    others = [name for name in rows if name not in [*KEY, *EVALUATED, *TRAINED, "step"]]
+    others = rows.columns.drop([*TRAINED, "step"], errors="ignore")
     columns = [*KEY, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
     rows = rows.reindex(columns=dict.fromkeys(columns)).fillna({"version": 1})
     order = {method: str(i) for i, method in enumerate(plot.METHODS)}  # base, pave, ..., then the ablation's
     return rows.sort_values(KEY, key=lambda column: column.replace(order))
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
-
-
-def centre(values, axis: int = -1):
+def centre(values, axis: int = -1):  # with an axis scipy resamples 200 times as fast
     """The median; from ENOUGH seeds on the interquartile mean, without the lowest and the highest quarter."""
     many = np.shape(values)[axis] >= ENOUGH
     return stats.trim_mean(values, 0.25, axis=axis) if many else np.median(values, axis=axis)
 
 
-def p_lower(x, y, axis: int = -1):
+def p_lower(x: np.ndarray, y: np.ndarray) -> float:
     """P(X < Y) for a draw from each, ties counting half: over all pairs."""
-    x, y = x[..., :, None], y[..., None, :]  # the axis is always the last
-    return ((x < y) + 0.5 * (x == y)).mean(axis=(-2, -1))
+    return ((x[:, None] < y) + 0.5 * (x[:, None] == y)).mean()
 
 
 def number(value: float) -> str:
@@ -178,15 +160,11 @@ def told(statistic, *groups: pd.Series, form=number) -> str:
         return DASH
     spread = ""
     if min(map(len, groups)) >= ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
-        settings = {"method": "percentile", "rng": np.random.default_rng(0)}
-        low, high = stats.bootstrap(groups, statistic, **settings).confidence_interval  # base is resampled, too
+        low, high = stats.bootstrap(groups, statistic, method="percentile", rng=0).confidence_interval  # base, too
         spread = f" [{form(low)}, {form(high)}]"
     elif len(groups) == 1 and np.ptp(groups[0]):
         spread = f" ({form(groups[0].min())} to {form(groups[0].max())})"
     return form(statistic(*groups)) + spread
-
-
-# -------------------------------------------------------------------------------------------------------- tables
 
 
 def markdown(lines: list[dict]) -> str:
@@ -206,17 +184,15 @@ def paper(env_id: str) -> dict[tuple, str]:
 
 
 def unequal_lengths(rows: pd.DataFrame) -> str:
-    """A line where the methods' episodes are not about as long, or it isn't known; rows: of one env."""
+    """A line where the methods' median lengths differ by more than 5 %, or aren't known; rows: of one env."""
     if rows["length_mean"].isna().any():
         return "Episode lengths were not recorded here, and episodes can end early: **sm may not be comparable**."
     for algorithm, runs in rows.groupby("algorithm"):
         lengths = runs.groupby("method")["length_mean"].median()
-        if lengths.max() > UNEQUAL * lengths.min():
+        if lengths.max() > 1.05 * lengths.min():
             pair = " and ".join(f"{m} ({lengths[m]:,.0f} steps)" for m in (lengths.idxmin(), lengths.idxmax()))
-            return (
-                f"**sm isn't comparable here**: episodes differ in length, as {algorithm.upper()} {pair} do. "
-                "Compare the oscillation, which does not grow with the length."
-            )
+            differ = f"**sm isn't comparable here**: episodes differ in length, as {algorithm.upper()} {pair} do. "
+            return differ + "Compare the oscillation, which does not grow with the length."
     return ""
 
 
@@ -233,7 +209,7 @@ def tables(rows: pd.DataFrame) -> str:
             line |= {heading: told(centre, seeds[measure]) for heading, measure in RESULTS.items()}
             than = runs[:0] if every is base else base
             for heading, measure in {"P(smoother)": "smoothness_mean", "P(calmer)": "oscillation"}.items():
-                line[heading] = told(p_lower, seeds[measure], than[measure], form=SHARE)
+                line[heading] = told(p_lower, seeds[measure], than[measure], form="{:.2f}".format)
             if good_return:
                 good, of = seeds[["good_evaluations", "evaluations"]].sum()
                 line[f"evaluations ≥ {good_return:,}"] = f"{good:g} of {of:g}" if of else DASH
@@ -262,24 +238,19 @@ def summary(rows: pd.DataFrame, measure: str) -> str:
 def different_settings(rows: pd.DataFrame) -> list[str]:
     """A line for each cell whose seeds had not all the same command (but for seed and folders) and evaluation."""
     own, lines = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)", []
-    rows = rows.assign(made=rows["command"].fillna("not recorded").str.replace(own, "", regex=True))
+    made = "`" + rows["command"].fillna("not recorded").str.replace(own, "", regex=True) + "`, evaluated over "
+    made += rows["episodes"].map("{:g} episodes, version ".format) + rows["version"].map("{:g}".format)
     for (env_id, steps, algorithm, method), runs in rows.groupby(CELL, sort=False):
-        sides = []
-        for (made, episodes, version), seeds in runs.groupby(["made", "episodes", "version"], dropna=False)["seed"]:
-            how = f"`{made}`, evaluated over {episodes:g} episodes, version {version:g}"
-            sides.append(f"seeds {' '.join(map(str, seeds))}: {how}")
+        sides = [f"seeds {' '.join(map(str, seeds))}: {how}" for how, seeds in runs["seed"].groupby(made)]
         if len(sides) > 1:
             lines.append(f"- {algorithm.upper()} {method} on {env_id}, {steps:,} steps: {'; '.join(sides)}")
     return lines
 
 
-# ------------------------------------------------------------------------------------------- figures and sections
-
-
 def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     """Return and sm with each set of losses: a dot is a seed."""
     figure, parts = plot.pairs_of_panels(rows, title)
-    for axes, method, seeds in parts:
+    for axes, method, _, seeds in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             axis.plot([method.removeprefix("ablation-")] * len(seeds), seeds[measure], "ko", alpha=0.6)
             axis.set(xlabel="MPR, VFC, Curv: 1 on, 0 off", ylabel=plot.AXES[measure])
@@ -289,23 +260,22 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
     """What each method leaves of base's oscillation (medians); the tasks by how much base saturates its actions.
 
-    Older runs have no saturation: for their tasks base was trained again, with other seeds, into SATURATION.
+    Older runs have no saturation: for their tasks base was trained again, with other seeds, into saturation.csv.
     """
     task = ["env_id", "algorithm"]
-    measured = pd.concat([rows, pd.read_csv(SATURATION)])
-    saturation = measured[measured["method"] == "base"].groupby(task)["saturation"].median().dropna().sort_values()
-    medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median").reset_index("steps")
+    measured = pd.concat([rows, pd.read_csv(Path(__file__).parent / "results" / "saturation.csv")])
+    saturation = measured[measured["method"] == "base"].groupby(task)["saturation"].median().dropna()
+    medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median")
     medians = medians.reindex(columns=plot.METHODS).dropna(thresh=2)  # base and something else
-    saturation = saturation[saturation.index.isin(medians.index)]
-    (figure, axis), colours, ticks = plt.subplots(figsize=(plot.WIDTH, 4)), plot.colours_of(plot.METHODS), []
-    for x, ((env_id, algorithm), share) in enumerate(saturation.items()):
-        lines = medians.loc[[(env_id, algorithm)]]  # a number of steps each
-        for method in plot.METHODS[1:]:
-            left = lines[method] / lines["base"]
-            axis.scatter([x] * len(left), left, color=colours[method], alpha=0.8, label=method if x == 0 else None)
+    medians = medians.join(saturation, how="inner").sort_values("saturation", kind="stable")
+    tasks = []
+    for (env_id, algorithm, _), share in medians["saturation"].items():
         name = re.sub(r"^.*:|^Inverted|(Continuous)?-v[0-9]+$", "", env_id)
-        ticks.append(f"{name}\n{algorithm.upper()}\n{share:.1%}")
-    axis.set_xticks(range(len(ticks)), ticks, fontsize=7)
+        tasks.append(f"{name}\n{algorithm.upper()}\n{share:.1%}")
+    figure, axis = plt.subplots(figsize=(plot.WIDTH, 4))
+    for method, colour in plot.colours_of(plot.METHODS[1:]).items():
+        axis.scatter(tasks, medians[method] / medians["base"], color=colour, alpha=0.8, label=method)
+    axis.tick_params("x", labelsize=7)
     axis.set_axisbelow(True)
     axis.axhline(1, color="#999999", linewidth=0.8)
     axis.set(ylabel="oscillation / base's (below 1: smoother)", ylim=(0, None))
@@ -330,14 +300,14 @@ def section(rows: pd.DataFrame, folder: Path) -> list[str]:
     ablation, figures = done["method"].str.startswith("ablation"), {}
     if done[~ablation]["method"].nunique() > 1:
         figures["tradeoff"] = plot.tradeoff_figure(done[~ablation], title)
-        figures["noise"] = plot.noise_figure(done[~ablation], title)
+        if done[~ablation]["return_mean@0.1"].notna().any():
+            figures["noise"] = plot.noise_figure(done[~ablation], title)
     if ablation.any():
         figures["ablation"] = ablation_figure(done, title)
     for kind, figure in figures.items():
-        if figure:
-            name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
-            plot.save(figure, folder / name)
-            parts.append(f"![{kind}]({name})")
+        name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
+        plot.save(figure, folder / name)
+        parts.append(f"![{kind}]({name})")
     return [part for part in parts if part]
 
 

@@ -189,7 +189,7 @@ def inspect(cell: Cell) -> tuple[int, Path | None]:
             if "optimizers" not in saved or saved["step"] == steps:
                 continue  # of an older version of the script, or killed in its last step, before the summary
             trained, step = asdict(saved["args"]), saved["step"]
-        trained = common.settings_of(script, trained, run) | {"total_timesteps": max(step, steps)}
+        trained = vars(script.Args()) | trained | read_json(run / "caps.json") | {"total_timesteps": max(step, steps)}
         other = [f"{k} {trained.get(k)} instead of {v}" for k, v in cell.settings.items() if trained.get(k) != v]
         require(not other, f"was trained with {', '.join(other)}: ask for that, or give the grid another --name")
         if step > furthest[0]:
@@ -236,7 +236,7 @@ def run_cell(cell: Cell, threads: int, stop: Path, gpu: str | None = None) -> tu
                 (cell.folder / "cell.json").write_text(json.dumps(about, indent=2) + "\n")
                 told = f"{steps - step:,} steps in {seconds:,.0f} s"
                 _, run = inspect(cell)
-            evaluation = evaluate.read_evaluation(run)
+            evaluation = read_json(run / "evaluation.json")
             if (evaluation.get("version"), evaluation.get("step")) == (evaluate.VERSION, steps):
                 return "done", told
             if not (run / "checkpoint.pt").is_file():

@@ -26,8 +26,6 @@ from benchmarks import plot
 from benchmarks.common import Episode, Run, UserError, require, user_errors
 from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths
 
-COLOURS = 48  # of a GIF
-
 
 def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, list[np.ndarray], int, float]:
     """A whole episode, pictures of its first `steps` steps, env steps from one to the next, and pictures a second."""
@@ -82,17 +80,8 @@ def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarra
     return pictures
 
 
-def write_gif(output: Path, pictures: list[np.ndarray], fps: float) -> None:
-    """Write it with one palette and without dithering, so that what stands still costs nothing."""
-    sample = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 5)]))
-    palette = sample.quantize(COLOURS, dither=Image.Dither.NONE)
-    flat = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
-    flat[0].save(output, save_all=True, append_images=flat[1:], duration=round(100 / fps) * 10, loop=0, optimize=False)
-
-
 def video(
     runs: Paths,
-    /,
     labels: Labels = (),
     output: Annotated[Path, tyro.conf.arg(help=".gif or .mp4")] = Path("video.gif"),
     episode: EpisodeNumber = 0,
@@ -109,19 +98,17 @@ def video(
     films = [record(run, episode, steps, fps) for _, run in shown]
     dimension, rate = plot.choose_action(films[0][0].env_actions[:steps], dimension), films[0][3]
     pictures = draw(shown, films, dimension, steps, dpi)
-    if output.suffix == ".gif":
-        write_gif(output, pictures, rate)
+    if output.suffix == ".gif":  # one palette and no dithering, so that what stands still costs nothing
+        sample = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 5)]))
+        look = {"palette": sample.quantize(48, dither=Image.Dither.NONE), "dither": Image.Dither.NONE}
+        first, *rest = (Image.fromarray(picture).quantize(**look) for picture in pictures)
+        first.save(output, save_all=True, append_images=rest, duration=round(100 / rate) * 10, loop=0, optimize=False)
     else:
         height, width = (size // 2 * 2 for size in pictures[0].shape[:2])  # even, as MP4's codec wants it
         iio.imwrite(output, np.stack(pictures)[:, :height, :width], plugin="FFMPEG", fps=rate, macro_block_size=2)
     print(f"wrote {output}: {len(pictures)} pictures, {output.stat().st_size / 1e6:.2f} MB, action {dimension} below")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: `arguments`, or the program's own."""
-    with user_errors(), plt.rc_context(plot.STYLE):
-        tyro.cli(video, description=__doc__, args=arguments)
-
-
 if __name__ == "__main__":
-    main()
+    with user_errors(), plt.rc_context(plot.STYLE):
+        tyro.cli(video, description=__doc__)

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import os
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
 
 from benchmarks import plot
 from benchmarks.common import load_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,9 @@ def figures(monkeypatch):
 
 
 def run_command(program, *arguments):
-    program.main([str(argument) for argument in arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
+        runpy.run_module(program.__name__, run_name="__main__", alter_sys=True)
 
 
 def fails(capsys, program, *arguments) -> str:
@@ -72,12 +78,12 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     both = ("curves", runs["base"], runs["base_slow"])
     assert "SAC base differ in q_lr" in fails(capsys, plot, *both)
     assert "runs of a differ in q_lr" in fails(capsys, plot, *both, "--labels", "a", "a")
-    run_command(plot, *both, "--labels", "a", "b")
+    plot.curves(both[1:], ("a", "b"))
     assert len(figures[0].axes[0].lines) == 2
 
 
 def test_figures_show_every_seed_and_their_median(runs, figures):
-    run_command(plot, "curves", runs["base"], runs["base_2"])
+    plot.curves((runs["base"], runs["base_2"]))
     curves = figures[0].axes[0]
     assert [[*line.get_ydata()] for line in curves.lines] == [[-150, -100, -100.5], [-300, -200, -100], [0, 0, -101]]
     assert list(curves.lines[0].get_xdata()) == [100, 200, 300] and not curves.collections
@@ -132,7 +138,7 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
         return np.arange(2500.0).reshape(50, 50) * len(drawn)
 
     monkeypatch.setattr(plot, "field_surface", surface)
-    run_command(plot, "field", runs["td3"], runs["base"], runs["pave"])
+    plot.field((runs["td3"], runs["base"], runs["pave"]))
     assert [pair for _, pair in drawn] == [drawn[0][0]] * 3
     panels = [axis for axis in figures[0].axes if axis.name == "3d"]
     for panel in panels:
