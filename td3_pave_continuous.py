@@ -138,7 +138,7 @@ def make_env(env_id: str) -> gym.Env:
     def finite(values, size):
         values = np.array(values, np.float32)  # a copy: some envs change one array in place
         fits = values.size == size and np.isfinite(values).all()
-        require(fits, f"the env returned a NaN or infinite observation or reward, or not {size} in number: {values}")
+        require(fits, f"the env returned a NaN or infinite observation or reward, or not {size} in number")
         return values
 
     if not env.spec.max_episode_steps:
