@@ -397,9 +397,9 @@ class Agent(nn.Module):
         return loss + alpha_loss, {"losses/actor_loss": loss, "losses/entropy": entropy, "losses/alpha": alpha}
 
     def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
-        """`update` as a CUDA graph, one for each update_actor: one launch, not hundreds. A first real update compiles
-        and allocates; its recording is replayed from then on, with Python's numbers (learning rates, lambdas) as they
-        were; tensors and noise move on. The metrics stay in the graph's own memory until its next replay."""
+        """`update` as CUDA graphs, one an update_actor: one launch, not hundreds. The first call is a real update,
+        which compiles and allocates; its recording is replayed from then on. Python's numbers (learning rates, lambdas)
+        stay as recorded, tensors and noise move on; the metrics returned are overwritten by the next replay."""
         if update_actor not in self.graphs:
             graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
             metrics = self.update(inputs, update_actor)
@@ -428,13 +428,12 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
     for episode in range(episodes):
         np.random.seed(10_000 + episode)  # see train
         observation, _ = env.reset(seed=10_000 + episode)
-        rewards, env_actions, over = [], [], False
-        while not over:
+        rewards, env_actions, terminated, truncated = [], [], False, False
+        while not (terminated or truncated):
             action = actor(torch.as_tensor(observation, device=device)[None])[0].cpu().numpy()
             observation, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
             env_actions.append(env.action(action).ravel())
-            over = terminated or truncated
         oscillation = np.abs(np.diff(env_actions, axis=0)).mean() if len(rewards) > 1 else 0.0
         results.append((sum(rewards), smoothness(np.array(env_actions)), oscillation, len(rewards)))
     names = ("return_mean", "smoothness_mean", "oscillation", "length_mean", "return_std", "smoothness_std")
@@ -502,6 +501,7 @@ def train(args: Args, make_agent=Agent) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.autograd.set_multithreading_enabled(False)  # else a GPU's gradients are summed in an order that varies
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the still empty buffer
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)

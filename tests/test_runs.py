@@ -144,7 +144,8 @@ def test_the_schedule_of_updates(script, small_args, policy_frequency):
             calls.append(loss_function.__name__)
             return super().backward(loss_function, *inputs)
 
-    script.train(small_args(total_timesteps=109, policy_frequency=policy_frequency), make_agent=Counting)
+    settings = {"policy_frequency": policy_frequency, "cudagraphs": False}  # a replayed update calls nothing
+    script.train(small_args(total_timesteps=109, **settings), make_agent=Counting)
     assert calls.count("critic_loss") == 9  # steps 101 to 109
     assert calls.count(True) == 9 // policy_frequency
     catch_up = policy_frequency if script.SCRIPT.startswith("sac") else 1  # TD3's actor is late by design
@@ -266,7 +267,7 @@ def test_an_autotuned_run_tells_its_lambda_and_goes_on_from_it_or_from_a_new_one
     torch.save(saved, path)
     for steps, changes, start in ((121, {}, 0.3), (122, {"lambda_curv": 5.0}, 5.0)):
         script.train(small_args(total_timesteps=steps, resume=str(path), **args, **changes))
-        assert checkpoint(run_dir)["agent"]["lambda_curv"] == pytest.approx(start, rel=0.006)  # an update at most
+        assert checkpoint(run_dir)["agent"]["lambda_curv"].item() == pytest.approx(start, rel=0.006)  # one update
     with pytest.raises(script.UserError, match="an --autotune flag differs"):
         script.train(small_args(total_timesteps=130, resume=str(path), autotune_curv=False))
 
