@@ -7,6 +7,7 @@ Sides, with the script's own settings otherwise:
     λ=0       all lambdas 0: no PAVE code runs
     64 rows   --pave-batch-size 64
     PAVE      the default: every row of the minibatch
+    SB3       with --sb3, Stable-Baselines3's plain agent, its networks of the same size
 
 A step is what train() does: explore, update, env.step, buffer.add; no logging, no evaluation. A value is the median
 over the rounds, with min and max; a ratio is the median over the rounds of value / value of λ=0. Prints the table;
@@ -20,8 +21,10 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import gymnasium as gym
 import pandas as pd
 import torch
 import tyro
@@ -46,6 +49,7 @@ class Args:
     output_dir: Path = Path("runs/throughput")  # where the results are written
     cuda: bool = True  # use a CUDA device if there is one
     compile: bool = True  # torch.compile the scripts' losses, as they do by default
+    sb3: bool = False  # measure Stable-Baselines3, too: pip install stable-baselines3
 
 
 def stepper(script, settings: dict, args: Args) -> Callable[[int], None]:
@@ -72,6 +76,16 @@ def stepper(script, settings: dict, args: Args) -> Callable[[int], None]:
 
     steps(FILL, learn=False)
     return steps
+
+
+def sb3_stepper(name: str, args: Args) -> Callable[[int], None]:
+    """The same with the plain agent of Stable-Baselines3: its defaults (an update a step), but networks of our size."""
+    import stable_baselines3
+
+    settings = {"learning_starts": 0, "buffer_size": 100_000, "policy_kwargs": {"net_arch": [256, 256]}, "seed": 1}
+    agent = getattr(stable_baselines3, name)
+    model = agent("MlpPolicy", gym.make(args.env_id), device="cuda" if args.cuda else "cpu", **settings)
+    return lambda n: model.learn(n, log_interval=10**9, reset_num_timesteps=False)
 
 
 def rate(steps: Callable[[int], None], n: int) -> float:
@@ -103,6 +117,7 @@ def summary(samples: dict[str, list[float]]) -> pd.DataFrame:
 
 def main(args: Args) -> None:
     require(args.rounds > 0 and args.seconds > 0, "--rounds and --seconds must be more than 0")
+    require(not args.sb3 or find_spec("stable_baselines3"), "--sb3 needs: pip install stable-baselines3")
     args.cuda = args.cuda and torch.cuda.is_available()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # this and the next two lines: as train() does
@@ -111,6 +126,8 @@ def main(args: Args) -> None:
     found = {}
     for name, script in SCRIPTS.items():
         sides = {side: stepper(script, settings, args) for side, settings in SIDES.items()}
+        if args.sb3:
+            sides["SB3"] = sb3_stepper(name.partition("_")[0].upper(), args)
         found[name] = summary(measure(sides, args, name))
     table = pd.concat(found, names=["script", "side"]).reset_index()
     print(table.to_markdown(index=False, floatfmt=".4g"))

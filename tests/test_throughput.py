@@ -36,6 +36,16 @@ def test_a_step_is_the_agents_own(script, side, rows, tmp_path, monkeypatch):
     assert sum(call.args[2] for call in update.mock_calls) == 6 // script.Args().policy_frequency  # of the actor
 
 
+@pytest.mark.parametrize("name", ["SAC", "TD3"])
+def test_a_step_of_stable_baselines3_is_one_with_an_update(name, tmp_path):
+    import stable_baselines3
+
+    agent = getattr(stable_baselines3, name)
+    with patch.object(agent, "train", autospec=True, side_effect=agent.train) as updates:
+        throughput.sb3_stepper(name, tiny(tmp_path))(6)
+    assert [call.kwargs for call in updates.mock_calls] == [{"batch_size": 256, "gradient_steps": 1}] * 6
+
+
 def test_sides_take_even_turns_after_a_warm_up(tmp_path, monkeypatch):
     done, clock = [], itertools.count(101.0)
     assert throughput.rate(lambda n: torch.linalg.matrix_norm(torch.randn(300, 300)), 7) > 7
@@ -57,9 +67,12 @@ def test_the_table_and_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "stepper", lambda *_: None)
     monkeypatch.setattr(throughput, "measure", lambda sides, *_: {name: [2.0, 1.0] for name in sides})
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
-    throughput.main(tiny(tmp_path))
-    assert pd.read_csv(tmp_path / "throughput.csv").side.tolist() == [*throughput.SIDES] * 2
+    throughput.main(tiny(tmp_path, sb3=True))
+    assert pd.read_csv(tmp_path / "throughput.csv").side.tolist() == [*throughput.SIDES, "SB3"] * 2
     assert {"threads", "command", "torch", "machine"} <= json.loads((tmp_path / "throughput.json").read_text()).keys()
     assert "td3_pave_continuous | 64 rows" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="--rounds and --seconds must be more than 0"):
         throughput.main(tiny(tmp_path, rounds=0))
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None)
+    with pytest.raises(common.UserError, match="pip install stable-baselines3"):
+        throughput.main(tiny(tmp_path, sb3=True))
