@@ -6,11 +6,11 @@ three losses to each critic: two make M small, the third pushes the trace of d2Q
 
     MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)    mixed-partial regularisation
     VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2                           vector-field consistency
-    Curv  mean max(0, v^T H v + delta),  H = d2Q/da2,  v = +-1                curvature preservation (Hutchinson)
+    Curv  mean max(0, v^T H v + delta),  H = d2Q/da2,  v in {-1, 1}^d_a       curvature preservation (Hutchinson)
 
     critic loss = 1/2 TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Means are over the batch; in MPR and VFC over the d_a action dimensions, too, which the lambdas assume. For small sigma
+Means are over the batch; in MPR and VFC over the d_a action dimensions, too: the lambdas assume this. For small sigma
 MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q
 that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
 
@@ -73,7 +73,7 @@ class Args:
     mpr_sigma: float = 0.01  # standard deviation of MPR's noise, in the observation's own units
     curv_delta: float = 1.0  # margin delta by which Curv wants v^T H v below zero
     pave_batch_size: int | None = None  # rows of the minibatch that the PAVE terms use: unbiased, cheaper; None: all
-    autotune_curv: bool = False  # tune lambda_curv; it and delta are then in units of the critic's action gradient
+    autotune_curv: bool = False  # tune lambda_curv; it and delta then scale with the critic's action gradient
     target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below -delta
     cuda: bool = True  # use a CUDA device if there is one
     torch_deterministic: bool = True  # let torch use deterministic algorithms only
@@ -170,7 +170,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """B rows, each drawn on its own, so that the first n are as fair a sample (--pave-batch-size): s, s' (B, d_s),
-        where an episode ends its last s', not the next start; a (B, d_a); rewards, terminations (B,)."""
+        s' never the next episode's start; a (B, d_a); rewards, terminations (B,)."""
         rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
         observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
         return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
@@ -221,7 +221,7 @@ PaveLosses = namedtuple("PaveLosses", "mpr vfc curvature vhv gradient q_values")
 
 
 def action_gradient(q, observations, actions):
-    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). `q`: see pave_losses. ValueError on its shape"""
+    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,), which `q` returns, or there is a ValueError."""
 
     def total(a):
         q_values = q(observations, a)
@@ -261,14 +261,14 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
     q: one critic, any callable (B, d_s), (B, d_a) -> (B,): smooth (SiLU, not ReLU), rows independent and repeatable (no
-        batch norm, no dropout); nn.GroupNorm(1, H), not nn.LayerNorm(H): its Curv gradient is wrong (pytorch#175754)
+        batch norm, no dropout); nn.GroupNorm(1, H), not nn.LayerNorm(H), whose Curv gradient is wrong (pytorch#175754)
     observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
     state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
-    Returns mpr, vfc, curvature (), to weigh and add; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a),
-    grad_a Q(s, a); q_values (B,), Q(s, a), so that the TD loss needs no second pass. Gradients flow to the parameters
-    of `q` through each. MPR and VFC are means over the action dimensions, too: a squared norm needs lambdas d_a times
-    smaller. ValueError under autocast: MPR subtracts nearly equal gradients, and bf16 loses the difference (so does
-    TF32). Compile the function that calls pave_losses, not `q`.
+    Returns the scalars mpr, vfc, curvature; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a), grad_a Q(s, a);
+    q_values (B,), Q(s, a), so that the TD loss needs no second pass. Gradients flow to the parameters of `q` through
+    each. MPR and VFC are means over the action dimensions, too: a squared norm needs lambdas d_a times smaller.
+    ValueError under autocast: MPR subtracts nearly equal gradients, and bf16 loses the difference (so does TF32).
+    Compile the function that calls pave_losses, not `q`.
     """
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
@@ -291,7 +291,7 @@ class Agent(nn.Module):
         args = self.args = validate(args)  # a lambda that is None would silently count as 0
         self.device, self.action_dim, self.graphs = device, action_dim, {}  # see graphed_update
         use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
-        self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # of a minibatch
+        self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # rows of a minibatch for PAVE
         self.actor = Actor(observation_dim, action_dim)
         self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
@@ -337,7 +337,7 @@ class Agent(nn.Module):
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
         self.q_optimizer.zero_grad()
-        if args.autotune_curv:  # dual ascent: lambda_curv grows while too few samples have v^T H v < -delta
+        if args.autotune_curv:  # dual ascent, see critic_loss: lambda_curv grows while too few v^T H v are < -delta
             shortfall = args.target_concavity - metrics["geometry/margin_fraction"]
             self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)
             self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
@@ -350,7 +350,7 @@ class Agent(nn.Module):
         return metrics
 
     def backward(self, loss_function, parameters: list, *inputs) -> dict:
-        """loss.backward() for loss_function(*inputs) -> (loss, metrics); compiled in one piece, it is faster."""
+        """loss.backward() for loss_function(*inputs) -> (loss, metrics); __init__ may compile it, in one piece."""
         loss, metrics = loss_function(*inputs)
         loss.backward(inputs=parameters)  # the actor's loss leaves nothing in the critics, through which it passes
         return {name: value.detach() for name, value in metrics.items()}
@@ -370,13 +370,13 @@ class Agent(nn.Module):
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # TD only, or none
         if n:
             lambda_curv, delta = args.lambda_curv, args.curv_delta
-            if args.autotune_curv:  # in units of grad_a Q; with delta 1 the top of a paraboloid is in the action box
+            if args.autotune_curv:  # in units of grad_a Q; with delta 1 a paraboloid's top is a box width off at most
                 lambda_curv = self.lambda_curv * self.gradient_scale
                 delta = actions.shape[1] / 2 * delta * self.gradient_scale
             rows = observations[:n], actions[:n], next_observations[:n]
             twins = [pave_losses(critic, *rows, state_noise, probe, delta) for critic in self.critics]
             pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))  # twins first: mpr (2,), vhv (2, n)
-            q_values = torch.cat([pave.q_values, q_values], dim=1)
+            q_values = torch.cat([pave.q_values, q_values], dim=1)  # rows [:n] first, as in target_q
             pave_loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
             metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
             metrics |= {"geometry/vhv": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
@@ -397,9 +397,9 @@ class Agent(nn.Module):
         return loss + alpha_loss, {"losses/actor_loss": loss, "losses/entropy": entropy, "losses/alpha": alpha}
 
     def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
-        """`update` as CUDA graphs, one an update_actor: one launch, not hundreds. The first call is a real update,
-        which compiles and allocates; its recording is replayed from then on. Python's numbers (learning rates, lambdas)
-        stay as recorded, tensors and noise move on; the metrics returned are overwritten by the next replay."""
+        """`update` as CUDA graphs, one per value of update_actor: one launch, not hundreds. The first call is a real
+        update, which compiles and allocates; a second is recorded and replayed from then on. Python's numbers (learning
+        rates, lambdas) stay as recorded, tensors and noise move on; the next replay overwrites the metrics."""
         if update_actor not in self.graphs:
             graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
             metrics = self.update(inputs, update_actor)
