@@ -1,34 +1,26 @@
 """A grid of trainings, script x method x env x seed, that goes on where it was stopped.
 
-    python -m benchmarks.sweep --preset paper-td3 --envs Pendulum-v1 --methods base pave caps --jobs 2
-    python -m benchmarks.sweep --preset paper-sac --methods ablation --flags="--pave-batch-size 64" --dry-run
-    python -m benchmarks.sweep --grid benchmarks/results.toml --only "HalfCheetah|ablation"
+    python -m benchmarks.sweep --preset paper-td3 --methods ablation --flags="--pave-batch-size 64" --jobs 2
+    python -m benchmarks.sweep --grid benchmarks/results.toml --only "HalfCheetah|caps" --dry-run
 
-Every run is a command that you can copy (--dry-run shows them). Its cell is the folder <output-dir>/
-<env>__<sac|td3>__<method>__<seed>/, with the script's run folder, log.txt and cell.json. A finished run is evaluated
-(benchmarks.evaluate), a killed one resumed, also towards more --steps. Nothing is removed: what can't be resumed gets a
-new run folder beside it. A cell that was trained with other settings fails; a failure doesn't stop the rest. Ctrl-C or
-SIGTERM lets the trainings save; the same command goes on. Exit code: 1 if a cell failed, 2 for bad input, 130 stopped.
+A run's cell is the folder <output-dir>/<env>__<sac|td3>__<method>__<seed>/, with the script's run folder, log.txt and
+cell.json. A finished run is evaluated (benchmarks.evaluate), a killed one resumed, also towards more --steps. Nothing
+is removed: what can't be resumed gets a new run folder beside it. A cell that was trained with other settings fails; a
+failure doesn't stop the rest. Ctrl-C or SIGTERM lets the trainings save; the same command goes on. Exit code: 1 if a
+cell failed, 2 for bad input, 130 stopped.
 
-Methods:
-    base          plain SAC / TD3, all lambdas 0
-    pave          the lambdas that the script takes for the env, or those in --flags
+Methods, each run's own choice of lambdas:
+    base          plain SAC / TD3, all 0
+    pave          those that the script takes for the env, or those in --flags
     untuned       0.1, 0.1, 0.01, where the paper's search starts
     auto          --autotune-curv: 0.1, 0.0005, and lambda_curv finds itself
-    caps          benchmarks.caps, the policy-side rival
+    caps          all 0: benchmarks.caps, the policy-side rival
     ablation-ijk  i, j, k = 1 keeps pave's lambda of MPR, VFC, Curv, 0 drops it; `ablation` is all eight
 The other tools name a run by its settings: ablation-111 is pave to them, 000 base; pave is untuned on an env without
 tuned lambdas, and own with lambdas in --flags.
 
-Presets, the paper's settings as far as flags go:
-    paper-td3     not matched: hidden layers of 256-256 instead of 400-300
-    paper-sac     not matched: one update after each step instead of 50 after every 50
-
---grid FILE.toml holds several grids, as [[grid]] tables of these flags; what a table lacks is taken from the command
-line.
-
-On a cluster, start Ray on the nodes, then the sweep with --address auto on one of them. The repository, Python and
---output-dir must be on a file system that all nodes share.
+Presets are the paper's settings as far as flags go. Not matched: for paper-td3, hidden layers of 400-300 (256-256
+here); for paper-sac, 50 updates after every 50 steps (one after each here).
 """
 
 import fcntl
@@ -81,14 +73,14 @@ class Args:
     steps: int | None = None  # env steps a run; None: the paper's, or 1,000,000
     flags: str = ""  # flags for every run, in one string
     name: str = ""  # ends the cells' names, so that other flags for the same envs and methods can stand beside them
-    grid: Path | None = None  # TOML file with several grids
+    grid: Path | None = None  # TOML file of [[grid]] tables of these flags; what one lacks is as on the command line
     only: str = ""  # regular expression: only the cells whose folder's name it is found in
     output_dir: Path = Path("runs/sweep")  # where the cells are
     jobs: int | None = None  # runs at a time on this machine; GPUs take turns. None: one a GPU, or else one a CPU core
-    address: str | None = None  # Ray cluster to run on; auto: this machine's
+    address: str | None = None  # Ray cluster to run on, see benchmarks/README.md; auto: this machine's
     cpus_per_run: int = 1  # CPU threads of a run, and the cores that Ray reserves for it
     gpus_per_run: float = 0.0  # that Ray reserves for a run; 0.5: two share one
-    dry_run: bool = False  # show how far each cell is, and its command; train nothing
+    dry_run: bool = False  # show how far each cell is, and its command, to copy; train nothing
 
 
 class Cell(NamedTuple):
