@@ -16,6 +16,7 @@ Methods, each run's own choice of lambdas:
     auto          --autotune-curv: 0.1, 0.0005, and lambda_curv finds itself
     caps          all 0: benchmarks.caps, the policy-side rival
     ablation-ijk  i, j, k = 1 keeps pave's lambda of MPR, VFC, Curv, 0 drops it; `ablation` is all eight
+
 The other tools name a run by its settings: ablation-111 is pave to them, 000 base; pave is untuned on an env without
 tuned lambdas, and own with lambdas in --flags.
 

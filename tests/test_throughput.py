@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import pytest
+import stable_baselines3
 import torch
 
 from benchmarks import common, throughput
@@ -38,8 +39,6 @@ def test_a_step_is_the_agents_own(script, side, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["SAC", "TD3"])
 def test_a_step_of_stable_baselines3_is_one_with_an_update(name, tmp_path):
-    import stable_baselines3
-
     agent = getattr(stable_baselines3, name)
     with patch.object(agent, "train", autospec=True, side_effect=agent.train) as updates:
         throughput.sb3_stepper(name, tiny(tmp_path))(6)
@@ -57,22 +56,22 @@ def test_sides_take_even_turns_after_a_warm_up(tmp_path, monkeypatch):
     assert samples == {"a": [103, 106], "b": [104, 105]}
 
 
-def test_values_are_medians_and_ratios_are_taken_within_a_round():
-    table = throughput.summary({"λ=0": [4.0, 2.0, 1.0], "PAVE": [4.0, 1.0, 1.0]})
-    assert table.loc["λ=0"].tolist() == [2, 1, 4, 1]
-    assert table.loc["PAVE"].tolist() == [1, 1, 4, 1]  # the last is the median of 1, 1/2 and 1
-
-
-def test_the_table_and_its_files(tmp_path, monkeypatch, capsys):
+def test_the_table_and_its_files_are_medians_and_ratios_within_a_round(tmp_path, monkeypatch, capsys):
+    rates = {"PAVE": [4.0, 1.0, 1.0], "λ=0": [4.0, 2.0, 1.0]}
     monkeypatch.setattr(throughput, "stepper", lambda *_: None)
-    monkeypatch.setattr(throughput, "measure", lambda sides, *_: {name: [2.0, 1.0] for name in sides})
+    monkeypatch.setattr(throughput, "measure", lambda sides, *_: {side: rates.get(side, [9.0] * 3) for side in sides})
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
     throughput.main(tiny(tmp_path, sb3=True))
-    assert pd.read_csv(tmp_path / "throughput.csv").side.tolist() == [*throughput.SIDES, "SB3"] * 2
+    table = pd.read_csv(tmp_path / "throughput.csv", index_col=["script", "side"]).loc["td3_pave_continuous"]
+    assert table.index.tolist() == ["λ=0", "64 rows", "PAVE", "SB3"]
+    assert table.loc["λ=0"].tolist() == [2, 1, 4, 1]
+    assert table.loc["PAVE"].tolist() == [1, 1, 4, 1]  # the last is the median of 1, 1/2 and 1
     assert {"threads", "command", "torch", "machine"} <= json.loads((tmp_path / "throughput.json").read_text()).keys()
-    assert "td3_pave_continuous | 64 rows" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="--rounds and --seconds must be more than 0"):
-        throughput.main(tiny(tmp_path, rounds=0))
+    assert "sac_pave_continuous | 64 rows" in capsys.readouterr().out
+
+
+def test_bad_settings_are_user_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "find_spec", lambda name: None)
-    with pytest.raises(common.UserError, match="pip install stable-baselines3"):
-        throughput.main(tiny(tmp_path, sb3=True))
+    for changes, words in (({"rounds": 0}, "--rounds and --seconds"), ({"sb3": True}, "pip install stable-baselines3")):
+        with pytest.raises(common.UserError, match=words):
+            throughput.main(tiny(tmp_path, **changes))
