@@ -100,6 +100,7 @@ def test_sb3_loaded_adds_the_blocks_gradient_once_an_update_on_the_same_batch(tm
     saved = trained_sb3(lambdas=LAMBDAS, sigma=1.0, delta=0.5)
     saved.save(tmp_path / "model")
     model = sb3.PaveSAC.load(tmp_path / "model", env=saved.get_env(), device="cpu")
+    torch.testing.assert_close(model.policy.state_dict(), saved.policy.state_dict(), rtol=0, atol=0)
     add, updates, updates_before_step = model.add_pave_gradients, [], []
     batches = [saved.replay_buffer.sample(16) for _ in range(5)]
 
