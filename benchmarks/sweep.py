@@ -50,7 +50,6 @@ from benchmarks.common import ROOT, SCRIPTS, UserError, read_json, require
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
 ABLATION = {f"ablation-{mask:03b}": f"{mask:03b}" for mask in range(8)}
 KEPT = {"base": "000", "caps": "000", "pave": "111", "auto": "111"} | ABLATION  # 0: that lambda is switched off
-METHODS = ("ablation", "untuned", *KEPT)
 STEPS = {"Pendulum": 100_000, "LunarLanderContinuous": 500_000, "Reacher": 500_000}  # the paper's; else a million
 PRESETS = {
     "paper-td3": "--policy-lr 1e-3 --q-lr 1e-3 --batch-size 256 --gamma {gamma} --learning-starts 10000 "
@@ -69,7 +68,7 @@ class Args:
     scripts: tuple[Literal["sac", "td3"], ...] = ()  # default: the preset's own, or both
     preset: Literal["paper-td3", "paper-sac"] | None = None  # settings to start from; None: the script's defaults
     envs: tuple[str, ...] = ("Pendulum-v1",)  # Gymnasium ids
-    methods: tuple[Literal[*METHODS], ...] = ("base", "pave")  # see above
+    methods: tuple[Literal["ablation", "untuned", *KEPT], ...] = ("base", "pave")  # see above
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run of each method for each
     steps: int | None = None  # env steps a run; None: the paper's, or 1,000,000
     flags: str = ""  # flags for every run, in one string
