@@ -2,23 +2,18 @@
 
 import dataclasses
 import importlib
-import os
 import runpy
-import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from make_run import BASE, make_run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3
-
-pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
-
 from benchmarks import plot
 from benchmarks.common import load_run
 
@@ -73,11 +68,10 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     assert labels == ["SAC base", "SAC base", "SAC pave", "TD3 base"]
     assert plot.colours_of(["auto"])["auto"] == plot.colours_of(["SAC base", "SAC auto"])["SAC auto"]
     assert len(set(plot.colours_of(["SAC base", "TD3 base"]).values())) == 2
-    base, other = (plot.load_run(runs[name]) for name in ("base", "base_2"))
-    assert plot.settings_of(base) == plot.settings_of(other) != plot.settings_of(dataclasses.replace(other, step=200))
+    run = load_run(runs["base"])
+    assert plot.settings_of(run) != plot.settings_of(dataclasses.replace(run, step=200))
     both = ("curves", runs["base"], runs["base_slow"])
     assert "SAC base differ in q_lr" in fails(capsys, plot, *both)
-    assert "runs of a differ in q_lr" in fails(capsys, plot, *both, "--labels", "a", "a")
     plot.curves(both[1:], ("a", "b"))
     assert len(figures[0].axes[0].lines) == 2
 
@@ -92,7 +86,8 @@ def test_figures_show_every_seed_and_their_median(runs, figures):
     rows = {f"{name}@{k}": values + k for name in ("return_mean", "smoothness_mean") for k in (0.1, 0.05)}
     rows |= {"return_mean": values, "smoothness_mean": -values, "oscillation": 0.1, "length_mean": 200.0}
     rows = pd.DataFrame(rows | {"algorithm": "sac", "method": "base"})
-    dots = plot.tradeoff_figure(rows, "").axes[0]
+    dots, beside = plot.tradeoff_figure(rows, "").axes
+    assert [axis.get_xlabel().partition(" ")[0] for axis in (dots, beside)] == ["sm", "oscillation"]
     assert dots.collections[0].get_offsets().tolist() == [[-1, 1], [-2, 2], [-9, 9]]
     assert np.ravel(dots.lines[0].get_data()).tolist() == [-2, 2]
     assert dots.get_legend().get_texts()[0].get_text() == "base (200 steps)"
@@ -147,11 +142,9 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
 
 
 def test_bad_runs_and_settings(runs, tmp_path, capsys):
-    run, broken = runs["base"], Path(shutil.copytree(runs["base"], tmp_path / "broken"))
-    for command in ("field", "actions", "curves"):
-        assert "at least one run" in fails(capsys, plot, command)
-        assert "different envs" in fails(capsys, plot, command, run, runs["other"])
+    run = runs["base"]
     for words, arguments in {
+        "at least one run": ("field",), "different envs": ("actions", run, runs["other"]),
         "2 --labels for 1 run": ("field", run, "--labels", "a", "b"), "--steps is 0": ("actions", run, "--steps", "0"),
         "--episode is -1": ("field", run, "--episode", "-1"), "--dimension is 1": ("actions", run, "--dimension", "1"),
         "8 lines": ("curves", *[run] * 8, "--labels", *"abcdefgh"),
@@ -160,9 +153,6 @@ def test_bad_runs_and_settings(runs, tmp_path, capsys):
         "nowhere": ("curves", run, "--output", tmp_path / "nowhere" / "figure.png"),
     }.items():  # fmt: skip
         assert words in fails(capsys, plot, *arguments)
-    for file in broken.glob("events*"):
-        os.truncate(file, 50)
-    assert "eval/return" in fails(capsys, plot, "curves", broken)
 
 
 @pytest.fixture
@@ -196,8 +186,14 @@ def test_a_film_is_of_a_whole_episode_from_one_start(video, runs):
 
 
 def test_the_trace_below_is_that_of_the_steps_so_far(video, runs, monkeypatch):
-    kept, ramp = [], np.linspace(-1, 1, 11)[:, None]
-    monkeypatch.setattr(video.plt, "close", kept.append)
+    captions, traced, ramp = set(), [], np.linspace(-1, 1, 11)[:, None]
+
+    def draw(canvas, draw=FigureCanvasAgg.draw):
+        captions.add(canvas.figure.axes[0].texts[0].get_text())
+        traced.append([axis.lines[1].get_ydata().tolist() for axis in canvas.figure.axes[2:]])
+        draw(canvas)
+
+    monkeypatch.setattr(FigureCanvasAgg, "draw", draw)
     long, short = (plot.Episode(None, None, ramp[:n], np.ones(n)) for n in (11, 3))
     frames = [np.full((100, 100, 3), 50 * i, np.uint8) for i in range(5)]
     films = [(long, frames, 2, 15), (short, frames[3:], 2, 15)]  # every second of the first nine steps
@@ -205,26 +201,16 @@ def test_the_trace_below_is_that_of_the_steps_so_far(video, runs, monkeypatch):
     height, width = pictures[0].shape[:2]
     shown = [[int(picture[height * 2 // 5, width * x // 4, 0]) for x in (1, 3)] for picture in pictures]
     assert shown == [[0, 150], [50, 200], [100, 200], [150, 200], [200, 200]]  # one that ended stays
-
-    def reach(picture, colour):  # the trace's last column, below the frames
-        trace = picture[height * 3 // 4 :].astype(int)
-        return np.argwhere(np.abs(trace - colour).sum(-1) < 60)[:, 1].max(initial=-1)
-
-    base, pave = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in plot.COLOURS[:2])
-    assert reach(pictures[1], base) < reach(pictures[3], base) < reach(pictures[4], base)
-    assert reach(pictures[4], base) > 0.4 * width  # eight ninths of the first half
-    assert reach(pictures[0], pave) < reach(pictures[1], pave) == reach(pictures[4], pave)
-    caption = kept[0].axes[0].texts[0].get_text()
-    assert caption == f"return 11, sm {sac.smoothness(ramp):.2f}, 11 steps"  # of the whole episode
+    so_far = [(1, 1), (3, 3), (5, 3), (7, 3), (9, 3)]
+    assert traced == [[ramp[:base, 0].tolist(), ramp[:pave, 0].tolist()] for base, pave in so_far]
+    assert captions == {f"return 11, sm {sac.smoothness(ramp):.2f}, 11 steps"}  # of the whole episode
 
 
 def test_video_bad_settings(video, runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delattr("gymnasium.envs.classic_control.PendulumEnv.render")  # as where a backend is missing
-    cases = {"libegl1": (), ".gif or .mp4": ("--output", "video.avi"), "nowhere": ("--output", "nowhere/video.gif")}
-    cases |= {"different envs": (runs["other"],), "--steps": ("--steps", 0), "--fps": ("--fps", 0)}
+    cases = {".gif or .mp4": ("--output", "video.avi"), "nowhere": ("--output", "nowhere/video.gif")}
+    cases |= {"--steps": ("--steps", 0), "--fps": ("--fps", 0), "--dimension": ("--dimension", 1)}
     for words, arguments in cases.items():
         assert words in fails(capsys, video, runs["base"], *arguments)
-    monkeypatch.undo()
-    for name, value in (("episode", -1), ("dimension", 1)):
-        assert f"--{name}" in fails(capsys, video, runs["base"], f"--{name}", value, "--output", tmp_path / "video.gif")
+    monkeypatch.delattr("gymnasium.envs.classic_control.PendulumEnv.render")  # as where a backend is missing
+    assert "libegl1" in fails(capsys, video, runs["base"])

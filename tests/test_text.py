@@ -21,10 +21,7 @@ DIFFERENT = {
     "Args.exploration_noise", "Args.policy_noise", "Args.noise_clip", "TUNED_LAMBDAS", "validate", "Actor",
     "Agent.__init__", "Agent.explore", "Agent.update", "Agent.td_target", "Agent.actor_loss",
 }  # fmt: skip
-AS_IN_TD3 = {
-    "SAC": "TD3", "sac_": "td3_", "1/2 TD": "TD",
-    "0.5 * td + pave_loss": "td + pave_loss",
-}  # fmt: skip
+AS_IN_TD3 = {"SAC": "TD3", "sac_": "td3_", "1/2 TD": "TD", "0.5 * td + pave_loss": "td + pave_loss"}
 SET_UP = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
     ".venv/bin/python sac_pave_continuous.py --env-id HalfCheetah-v5",
@@ -39,9 +36,6 @@ TEXTS = {
 }
 RUNNABLE = ("README.md", "benchmarks/README.md")  # whose commands are of today; those of NOTES.md are of their day
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"(?m)^## ", README)[1:]}
-
-
-# ------------------------------------------------------------------------------------------------- the two scripts
 
 
 def split(name):
@@ -68,13 +62,10 @@ def test_what_the_scripts_share_is_the_same_text():
     assert all(sac.get(name) != td3.get(name) for name in DIFFERENT)
 
 
-def test_only_core_packages_are_imported(script):
-    source = (ROOT / f"{script.__name__}.py").read_text()
+def test_only_core_packages_are_imported():
+    source = (ROOT / f"{SCRIPTS[0]}.py").read_text()
     imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)[.\w]*(?: as \w+| import .*)?$", source))
     assert imported - sys.stdlib_module_names == {"gymnasium", "numpy", "torch", "tqdm", "tyro"}
-
-
-# --------------------------------------------------------------------------------------------------------- commands
 
 
 def commands(text):
@@ -156,9 +147,6 @@ def test_every_flag_named_exists(name):
     assert named and set(named) <= known | {"help"}
 
 
-# ------------------------------------------------------------------------------------------------------ README's code
-
-
 def test_the_formula_map_points_at_real_functions(script):
     section = SECTIONS["The idea, and where it is in the code"]
     named = [name for row in section.splitlines() if row.startswith("|") for name in re.findall(r"`([^`]+)`", row)]
@@ -205,9 +193,6 @@ def test_the_robots_code_runs(script, tmp_path, monkeypatch):
     assert names["command"] == pytest.approx(expected) and expected > 0.2
 
 
-# -------------------------------------------------------------------------------------------------- README's one table
-
-
 def test_the_table_is_what_the_report_has():
     """Medians over the seeds of runs.csv, to a rounding."""
     runs = pd.read_csv(RESULTS / "report/runs.csv").dropna(subset="return_mean")
@@ -246,9 +231,6 @@ def test_the_tables_of_the_evidence_are_the_reports():
     evidence = rows(TEXTS["benchmarks/results/README.md"])
     assert len(evidence) > 20
     assert evidence <= rows((RESULTS / "report/report.md").read_text())
-
-
-# ------------------------------------------------------------------------------------------------- links and lengths
 
 
 def slug(heading):
