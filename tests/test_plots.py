@@ -2,8 +2,6 @@
 
 import dataclasses
 import importlib
-import runpy
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,13 +9,12 @@ import pytest
 import torch
 from make_run import BASE, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from programs import fails, run_tool
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3
 from benchmarks import plot
 from benchmarks.common import load_run
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +38,14 @@ def figures(monkeypatch):
     plot.plt.close("all")
 
 
-def run_command(program, *arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
-        runpy.run_module(program.__name__, run_name="__main__", alter_sys=True)
-
-
-def fails(capsys, program, *arguments) -> str:
-    """The one line with which the program ends, exit code 2."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(program, *arguments)
-    line = capsys.readouterr().err
-    assert ended.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
-    return line
-
-
 @pytest.mark.parametrize("command", ["field", "actions", "curves"])
 def test_each_command_draws(command, runs, tmp_path):
-    run_command(plot, command, runs["base"], runs["pave"], "--output", tmp_path / "figure.png")
+    run_tool("plot", command, runs["base"], runs["pave"], "--output", tmp_path / "figure.png")
     picture = plot.plt.imread(tmp_path / "figure.png")
     assert picture.shape[1] == 900 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
 
 
-def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(runs, figures, capsys):
+def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(runs, figures):
     labels = [label for label, _ in plot.open_runs([runs[name] for name in ("base", "base_2", "pave", "td3")])]
     assert labels == ["SAC base", "SAC base", "SAC pave", "TD3 base"]
     assert plot.colours_of(["auto"])["auto"] == plot.colours_of(["SAC base", "SAC auto"])["SAC auto"]
@@ -71,7 +53,7 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     run = load_run(runs["base"])
     assert plot.settings_of(run) != plot.settings_of(dataclasses.replace(run, step=200))
     both = ("curves", runs["base"], runs["base_slow"])
-    assert "SAC base differ in q_lr" in fails(capsys, plot, *both)
+    assert "SAC base differ in q_lr" in fails("plot", *both)
     plot.curves(both[1:], ("a", "b"))
     assert len(figures[0].axes[0].lines) == 2
 
@@ -141,7 +123,7 @@ def test_field_panels_share_the_first_runs_pair_and_scale(runs, figures, monkeyp
         assert panel.collections[0].norm.vmax == pytest.approx(np.quantile(np.arange(2500), 0.99))
 
 
-def test_bad_runs_and_settings(runs, tmp_path, capsys):
+def test_bad_runs_and_settings(runs, tmp_path):
     run = runs["base"]
     for words, arguments in {
         "at least one run": ("field",), "different envs": ("actions", run, runs["other"]),
@@ -152,7 +134,7 @@ def test_bad_runs_and_settings(runs, tmp_path, capsys):
         "figure.xyz": ("curves", run, "--output", tmp_path / "figure.xyz"),
         "nowhere": ("curves", run, "--output", tmp_path / "nowhere" / "figure.png"),
     }.items():  # fmt: skip
-        assert words in fails(capsys, plot, *arguments)
+        assert words in fails("plot", *arguments)
 
 
 @pytest.fixture
@@ -166,7 +148,7 @@ def video():
 def test_a_video_keeps_the_envs_speed(video, runs, tmp_path, name, magic):
     output = tmp_path / name
     options = ("--steps", "30", "--fps", "10", "--dpi", "51", "--output", output)
-    run_command(video, runs["base"], runs["pave"], *options)
+    run_tool("video", runs["base"], runs["pave"], *options)
     pictures, about = video.iio.imread(output), video.iio.immeta(output)
     assert magic in output.read_bytes()[:16] and (pictures[0] != pictures[-1]).any()
     assert pictures.shape[0] == 10 and pictures.shape[2] in (458, 459)  # even for MP4
@@ -206,11 +188,11 @@ def test_the_trace_below_is_that_of_the_steps_so_far(video, runs, monkeypatch):
     assert captions == {f"return 11, sm {sac.smoothness(ramp):.2f}, 11 steps"}  # of the whole episode
 
 
-def test_video_bad_settings(video, runs, tmp_path, capsys, monkeypatch):
+def test_video_bad_settings(video, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = {".gif or .mp4": ("--output", "video.avi"), "nowhere": ("--output", "nowhere/video.gif")}
     cases |= {"--steps": ("--steps", 0), "--fps": ("--fps", 0), "--dimension": ("--dimension", 1)}
     for words, arguments in cases.items():
-        assert words in fails(capsys, video, runs["base"], *arguments)
+        assert words in fails("video", runs["base"], *arguments)
     monkeypatch.delattr("gymnasium.envs.classic_control.PendulumEnv.render")  # as where a backend is missing
-    assert "libegl1" in fails(capsys, video, runs["base"])
+    assert "libegl1" in fails("video", runs["base"])
