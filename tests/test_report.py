@@ -106,9 +106,12 @@ def test_different_settings_are_never_averaged_silently(tmp_path):
     assert "noise differs" not in text and "noise differs" in make(tmp_path, [*rows, row(noise_reference="a run")])
 
 
-def test_an_ablations_figure_shows_every_seed(tmp_path, drawn):
-    make(tmp_path, [row(f"ablation-{n:03b}", s, 1.0 + n) for n in range(8) for s in range(2)])
-    axis = drawn["Hopper-v5_100000_ablation.png"].axes[1]
+def test_an_ablation_compares_with_no_loss_and_shows_every_seed(tmp_path, drawn):
+    rows = [row(f"ablation-{n:03b}", s, 1.0 + n, "Walker2d-v5") for n in range(8) for s in range(2)]
+    told = table(make(tmp_path, rows), "sm")
+    assert told["TD3 ablation-001"]["P(smoother)"] == "0.00"
+    assert told["TD3 ablation-011"]["paper: return, sm"].endswith(", 1.918")
+    axis = drawn["Walker2d-v5_100000_ablation.png"].axes[1]
     assert [t.get_text() for t in axis.get_xticklabels()][3:6] == ["011", "100", "101"]
     assert [list(line.get_ydata()) for line in axis.lines] == [[1.0 + n, 1.0 + n] for n in range(8)]
 
