@@ -188,4 +188,4 @@ def test_bad_input_is_one_line_and_exit_code_2(run_dir, tmp_path, monkeypatch):
         "at least one run folder": [],
         "--episodes is 0": [run_dir, "--episodes", 0],
     }.items():
-        assert message in fails("evaluate", *arguments)
+        assert message in fails("benchmarks.evaluate", *arguments)

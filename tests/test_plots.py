@@ -9,7 +9,7 @@ import pytest
 import torch
 from make_run import BASE, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from programs import fails, run_tool
+from programs import fails, run_program
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3
@@ -40,7 +40,7 @@ def figures(monkeypatch):
 
 @pytest.mark.parametrize("command", ["field", "actions", "curves"])
 def test_each_command_draws(command, runs, tmp_path):
-    run_tool("plot", command, runs["base"], runs["pave"], "--output", tmp_path / "figure.png")
+    run_program("benchmarks.plot", command, runs["base"], runs["pave"], "--output", tmp_path / "figure.png")
     picture = plot.plt.imread(tmp_path / "figure.png")
     assert picture.shape[1] == 900 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
 
@@ -53,7 +53,7 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     run = load_run(runs["base"])
     assert plot.settings_of(run) != plot.settings_of(dataclasses.replace(run, step=200))
     both = ("curves", runs["base"], runs["base_slow"])
-    assert "SAC base differ in q_lr" in fails("plot", *both)
+    assert "SAC base differ in q_lr" in fails("benchmarks.plot", *both)
     plot.curves(both[1:], ("a", "b"))
     assert len(figures[0].axes[0].lines) == 2
 
@@ -134,7 +134,11 @@ def test_bad_runs_and_settings(runs, tmp_path):
         "figure.xyz": ("curves", run, "--output", tmp_path / "figure.xyz"),
         "nowhere": ("curves", run, "--output", tmp_path / "nowhere" / "figure.png"),
     }.items():  # fmt: skip
-        assert words in fails("plot", *arguments)
+        assert words in fails("benchmarks.plot", *arguments)
+    killed = make_run(tmp_path, sac)
+    for file in killed.glob("events*"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert "has no eval/return" in fails("benchmarks.plot", "curves", killed)
 
 
 @pytest.fixture
@@ -148,7 +152,7 @@ def video():
 def test_a_video_keeps_the_envs_speed(video, runs, tmp_path, name, magic):
     output = tmp_path / name
     options = ("--steps", "30", "--fps", "10", "--dpi", "51", "--output", output)
-    run_tool("video", runs["base"], runs["pave"], *options)
+    run_program("benchmarks.video", runs["base"], runs["pave"], *options)
     pictures, about = video.iio.imread(output), video.iio.immeta(output)
     assert magic in output.read_bytes()[:16] and (pictures[0] != pictures[-1]).any()
     assert pictures.shape[0] == 10 and pictures.shape[2] in (458, 459)  # even for MP4
@@ -193,6 +197,6 @@ def test_video_bad_settings(video, runs, tmp_path, monkeypatch):
     cases = {".gif or .mp4": ("--output", "video.avi"), "nowhere": ("--output", "nowhere/video.gif")}
     cases |= {"--steps": ("--steps", 0), "--fps": ("--fps", 0), "--dimension": ("--dimension", 1)}
     for words, arguments in cases.items():
-        assert words in fails("video", runs["base"], *arguments)
+        assert words in fails("benchmarks.video", runs["base"], *arguments)
     monkeypatch.delattr("gymnasium.envs.classic_control.PendulumEnv.render")  # as where a backend is missing
-    assert "libegl1" in fails("video", runs["base"])
+    assert "libegl1" in fails("benchmarks.video", runs["base"])

@@ -162,5 +162,5 @@ BAD_INPUTS |= {"cannot read": "none.csv", "no finished run in no input": "", "ha
 def test_bad_input_is_one_line_and_exit_code_2(message, tmp_path, monkeypatch):
     pd.DataFrame(BAD_ROWS.get(message)).to_csv(tmp_path / "in.csv", index=False)
     monkeypatch.chdir(tmp_path)
-    assert message in fails("report", *BAD_INPUTS[message].split())
+    assert message in fails("benchmarks.report", *BAD_INPUTS[message].split())
     assert not (tmp_path / "report").exists()

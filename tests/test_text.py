@@ -4,7 +4,6 @@ import ast
 import functools
 import inspect
 import re
-import runpy
 import shlex
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, SCRIPTS
+from programs import run_program
 from torch.nn import functional as F
 
 # Where SAC and TD3 differ; everything else in the two scripts must be the same text.
@@ -69,7 +69,7 @@ def test_only_core_packages_are_imported():
 
 
 def commands(text):
-    """What of ours a text's commands run, in blocks and in line: a file or a module, and its arguments."""
+    """What of ours a text's commands run, in blocks and in line: a module, and its arguments."""
     found = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     found += re.findall(r"(?<!`)`([^`]*python [^`]*)`(?!`)", text)
     for line in "\n".join(found).replace("\\\n", "").splitlines():
@@ -77,13 +77,13 @@ def commands(text):
             words = shlex.split(command, comments=True)
             for i, word in enumerate(words):
                 if word.endswith(".py") or (words[i - 1 : i] == ["-m"] and word.startswith("benchmarks.")):
-                    yield word, words[i + 1 :]
+                    yield word.removesuffix(".py").replace("/", "."), words[i + 1 :]
                     break
 
 
 @pytest.fixture
-def parse(monkeypatch):
-    """A function that runs a program, which exits with "parsed" where it has taken its command line."""
+def parse_only(monkeypatch):
+    """Programs exit with "parsed" where they have taken their command line."""
     real_cli, real_subcommand_cli = tyro.cli, tyro.extras.subcommand_cli_from_dict
 
     def stopped(function):
@@ -96,28 +96,20 @@ def parse(monkeypatch):
     def subcommand_cli(functions, **options):
         return real_subcommand_cli({name: stopped(function) for name, function in functions.items()}, **options)
 
-    def parse(name, arguments):
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        if name.endswith(".py"):
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        else:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-
     monkeypatch.setattr(tyro, "cli", cli)
     monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", subcommand_cli)
     monkeypatch.chdir(ROOT)
-    return parse
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.usefixtures("parse_only")
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_every_command_is_one_that_the_programs_take(name, parse):
+def test_every_command_is_one_that_the_programs_take(name):
     ours = list(commands(TEXTS[name]))
     assert len(ours) > 2
-    for file, arguments in ours:
+    for module, arguments in ours:
         with pytest.raises(SystemExit) as ended:
-            parse(file, arguments)
-        assert ended.value.code == (0 if "--help" in arguments else "parsed"), f"{file} does not take {arguments}"
+            run_program(module, *arguments)
+        assert ended.value.code == (0 if "--help" in arguments else "parsed"), f"{module} does not take {arguments}"
 
 
 def test_the_set_up_commands_stay_as_they_are_and_the_files_that_a_repository_needs():
