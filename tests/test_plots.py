@@ -54,6 +54,7 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     assert plot.settings_of(run) != plot.settings_of(dataclasses.replace(run, step=200))
     both = ("curves", runs["base"], runs["base_slow"])
     assert "SAC base differ in q_lr" in fails("benchmarks.plot", *both)
+    assert "runs of a differ in q_lr" in fails("benchmarks.plot", *both, "--labels", "a", "a")
     plot.curves(both[1:], ("a", "b"))
     assert len(figures[0].axes[0].lines) == 2
 
