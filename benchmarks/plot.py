@@ -49,6 +49,7 @@ Labels = Annotated[tuple[str, ...], tyro.conf.arg(help="one per run, seeds share
 Output = Annotated[Path, tyro.conf.arg(help=".png, .svg or .pdf")]
 Tags = Annotated[tuple[str, ...], tyro.conf.arg(help="TensorBoard curves, a panel each")]
 EpisodeNumber = Annotated[int, tyro.conf.arg(help="which of the evaluation's episodes, from 0")]
+Steps = Annotated[int, tyro.conf.arg(help="length of what is shown; all numbers are of the whole episode")]
 Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: what changes most in the first run")]
 
 
@@ -204,13 +205,9 @@ def spectrum(env_actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def actions(
-    runs: Paths,
-    labels: Labels = (),
-    output: Output = Path("actions.png"),
-    episode: EpisodeNumber = 0,
-    dimension: Dimension = None,
-    steps: Annotated[int, tyro.conf.arg(help="length of the trace; the spectrum is of the whole episode")] = 100,
-) -> None:
+    runs: Paths, labels: Labels = (), output: Output = Path("actions.png"),
+    episode: EpisodeNumber = 0, dimension: Dimension = None, steps: Steps = 100,
+) -> None:  # fmt: skip
     """One episode's actions, and the amplitude spectrum from which sm is computed."""
     require(steps > 0, f"--steps is {steps}; it must be at least 1")
     shown = name_seeds(open_runs(runs, labels))

@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks import plot
 from benchmarks.common import Episode, Run, UserError, require, user_errors
-from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths
+from benchmarks.plot import Dimension, EpisodeNumber, Labels, Paths, Steps
 
 
 def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, list[np.ndarray], int, float]:
@@ -86,7 +86,7 @@ def video(
     output: Annotated[Path, tyro.conf.arg(help=".gif or .mp4")] = Path("video.gif"),
     episode: EpisodeNumber = 0,
     dimension: Dimension = None,
-    steps: Annotated[int, tyro.conf.arg(help="length in env steps; the caption is of the whole episode")] = 300,
+    steps: Steps = 300,
     fps: Annotated[float, tyro.conf.arg(help="pictures a second; the speed stays the env's own")] = 17.0,
     dpi: Annotated[int, tyro.conf.arg(help="pixels an inch, of 9 inches: fewer make a smaller file")] = 100,
 ) -> None:

@@ -2,16 +2,14 @@
 
 import itertools
 import json
-import runpy
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from make_run import BASE
+from programs import fails
 from torch.autograd.functional import hessian, jacobian
 
 import sac_pave_continuous as sac
@@ -173,7 +171,7 @@ def test_what_is_up_to_date_is_kept(run_dir, tmp_path, capsys):
     assert evaluated()["m_mean"] == -1.0
 
 
-def test_bad_input_is_one_line_and_exit_code_2(run_dir, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(run_dir, tmp_path, monkeypatch):
     broken = {"foreign": {"script": "ppo"}, "tensor": torch.zeros(1), "half": {}}
     broken["weights"] = {"script": sac.SCRIPT, "args": {}, "agent": {}}
     for name, content in broken.items():
@@ -188,10 +186,6 @@ def test_bad_input_is_one_line_and_exit_code_2(run_dir, tmp_path, capsys, monkey
         "missing is not a run folder, or lacks its checkpoint.pt and actor.pt\n": [run_dir, "missing"],
         "robot is not a run folder, or lacks its checkpoint.pt\n": ["robot"],
         "at least one run folder": [],
-        "--episodes is 0": [run_dir, "--episodes", "0"],
+        "--episodes is 0": [run_dir, "--episodes", 0],
     }.items():
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "benchmarks/evaluate.py"), run_name="__main__")
-        errors = capsys.readouterr().err
-        assert (stop.value.code, errors.count("\n")) == (2, 1) and errors.startswith("error: ") and message in errors
+        assert message in fails("benchmarks.evaluate", *arguments)

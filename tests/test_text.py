@@ -4,7 +4,6 @@ import ast
 import functools
 import inspect
 import re
-import runpy
 import shlex
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, SCRIPTS
+from programs import run_program
 from torch.nn import functional as F
 
 # Where SAC and TD3 differ; everything else in the two scripts must be the same text.
@@ -21,10 +21,7 @@ DIFFERENT = {
     "Args.exploration_noise", "Args.policy_noise", "Args.noise_clip", "TUNED_LAMBDAS", "validate", "Actor",
     "Agent.__init__", "Agent.explore", "Agent.update", "Agent.td_target", "Agent.actor_loss",
 }  # fmt: skip
-AS_IN_TD3 = {
-    "SAC": "TD3", "sac_": "td3_", "1/2 TD": "TD",
-    "0.5 * td + pave_loss": "td + pave_loss",
-}  # fmt: skip
+AS_IN_TD3 = {"SAC": "TD3", "sac_": "td3_", "1/2 TD": "TD", "0.5 * td + pave_loss": "td + pave_loss"}
 SET_UP = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
     ".venv/bin/python sac_pave_continuous.py --env-id HalfCheetah-v5",
@@ -39,9 +36,6 @@ TEXTS = {
 }
 RUNNABLE = ("README.md", "benchmarks/README.md")  # whose commands are of today; those of NOTES.md are of their day
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"(?m)^## ", README)[1:]}
-
-
-# ------------------------------------------------------------------------------------------------- the two scripts
 
 
 def split(name):
@@ -68,17 +62,14 @@ def test_what_the_scripts_share_is_the_same_text():
     assert all(sac.get(name) != td3.get(name) for name in DIFFERENT)
 
 
-def test_only_core_packages_are_imported(script):
-    source = (ROOT / f"{script.__name__}.py").read_text()
+def test_only_core_packages_are_imported():
+    source = (ROOT / f"{SCRIPTS[0]}.py").read_text()
     imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)[.\w]*(?: as \w+| import .*)?$", source))
     assert imported - sys.stdlib_module_names == {"gymnasium", "numpy", "torch", "tqdm", "tyro"}
 
 
-# --------------------------------------------------------------------------------------------------------- commands
-
-
 def commands(text):
-    """What of ours a text's commands run, in blocks and in line: a file or a module, and its arguments."""
+    """What of ours a text's commands run, in blocks and in line: a module, and its arguments."""
     found = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     found += re.findall(r"(?<!`)`([^`]*python [^`]*)`(?!`)", text)
     for line in "\n".join(found).replace("\\\n", "").splitlines():
@@ -86,58 +77,39 @@ def commands(text):
             words = shlex.split(command, comments=True)
             for i, word in enumerate(words):
                 if word.endswith(".py") or (words[i - 1 : i] == ["-m"] and word.startswith("benchmarks.")):
-                    yield word, words[i + 1 :]
+                    yield word.removesuffix(".py").replace("/", "."), words[i + 1 :]
                     break
 
 
-class Parsed(Exception):
-    """Raised where a program has read its command line."""
-
-
-def stopped(function):
-    """It, but with Parsed raised in place of what it does."""
-
-    @functools.wraps(function)
-    def stop(*args, **kwargs):
-        raise Parsed
-
-    return stop
-
-
 @pytest.fixture
-def parse(monkeypatch):
-    """A function that runs a program until its command line is read; SystemExit where it doesn't take it."""
+def parse_only(monkeypatch):
+    """Programs exit with "parsed" where they have taken their command line."""
     real_cli, real_subcommand_cli = tyro.cli, tyro.extras.subcommand_cli_from_dict
+
+    def stopped(function):
+        return functools.wraps(function)(lambda *args, **kwargs: sys.exit("parsed"))
 
     def cli(settings, **options):
         real_cli(settings if isinstance(settings, type) else stopped(settings), **options)
-        raise Parsed
+        sys.exit("parsed")
 
     def subcommand_cli(functions, **options):
         return real_subcommand_cli({name: stopped(function) for name, function in functions.items()}, **options)
 
-    def parse(name, arguments):
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        if name.endswith(".py"):
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        else:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-
     monkeypatch.setattr(tyro, "cli", cli)
     monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", subcommand_cli)
     monkeypatch.chdir(ROOT)
-    return parse
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.usefixtures("parse_only")
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_every_command_is_one_that_the_programs_take(name, parse):
+def test_every_command_is_one_that_the_programs_take(name):
     ours = list(commands(TEXTS[name]))
     assert len(ours) > 2
-    for file, arguments in ours:
-        with pytest.raises((Parsed, SystemExit)) as ended:
-            parse(file, arguments)
-        assert ended.type is (SystemExit if "--help" in arguments else Parsed), f"{file} does not take {arguments}"
+    for module, arguments in ours:
+        with pytest.raises(SystemExit) as ended:
+            run_program(module, *arguments)
+        assert ended.value.code == (0 if "--help" in arguments else "parsed"), f"{module} does not take {arguments}"
 
 
 def test_the_set_up_commands_stay_as_they_are_and_the_files_that_a_repository_needs():
@@ -154,9 +126,6 @@ def test_every_flag_named_exists(name):
     spans = re.findall(r"`(--[^`]+)`", TEXTS[name])
     named = re.findall(r"--(?:no-)?([a-z-]+)", " ".join(spans))
     assert named and set(named) <= known | {"help"}
-
-
-# ------------------------------------------------------------------------------------------------------ README's code
 
 
 def test_the_formula_map_points_at_real_functions(script):
@@ -205,9 +174,6 @@ def test_the_robots_code_runs(script, tmp_path, monkeypatch):
     assert names["command"] == pytest.approx(expected) and expected > 0.2
 
 
-# -------------------------------------------------------------------------------------------------- README's one table
-
-
 def test_the_table_is_what_the_report_has():
     """Medians over the seeds of runs.csv, to a rounding."""
     runs = pd.read_csv(RESULTS / "report/runs.csv").dropna(subset="return_mean")
@@ -246,9 +212,6 @@ def test_the_tables_of_the_evidence_are_the_reports():
     evidence = rows(TEXTS["benchmarks/results/README.md"])
     assert len(evidence) > 20
     assert evidence <= rows((RESULTS / "report/report.md").read_text())
-
-
-# ------------------------------------------------------------------------------------------------- links and lengths
 
 
 def slug(heading):

@@ -1,0 +1,26 @@
+"""The scripts and the tools of benchmarks/ as from a shell, in this process."""
+
+import contextlib
+import io
+import runpy
+import sys
+import warnings
+
+import pytest
+
+
+def run_program(module, *arguments):
+    """python -m MODULE ARGUMENTS"""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*found in sys.modules")
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def fails(module, *arguments) -> str:
+    """The one line with which it ends, exit code 2."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit, match=r"^2$"):
+        run_program(module, *arguments)
+    line = errors.getvalue()
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line
