@@ -67,7 +67,6 @@ REAL = [  # what people really have
     register("RewardArray", reward=lambda r: np.array([r])),
     register("RewardScalarArray", reward=lambda r: np.array(r)),
 ]
-register("Fine")
 register("Aliased", in_place)
 register("NoTimeLimit", steps=None)
 register("Discrete", action_space=Discrete(3))
