@@ -74,9 +74,8 @@ def start(script, args):
 
 @both_scripts
 def test_a_run_leaves_what_the_readme_promises(script, small_args):
-    run_dir = script.train(
-        small_args(total_timesteps=450, learning_starts=390, checkpoint_interval=200, policy_frequency=3)
-    )
+    settings = {"learning_starts": 390, "checkpoint_interval": 200, "policy_frequency": 3}
+    run_dir = script.train(small_args(total_timesteps=450, **settings))
     assert run_dir.name.startswith(f"Pendulum-v1__{script.SCRIPT}__1__")
     assert not list(run_dir.glob("*.partial"))
     told = summary(run_dir)
@@ -189,7 +188,10 @@ def test_a_signal_in_the_last_step_finds_the_run_finished(script, small_args, mo
     """And the handler that was there comes back, however the run ends."""
     evaluation = {"return_mean": 0.0, "smoothness_mean": 0.0}
     monkeypatch.setattr(script, "evaluate", lambda *_: signal.raise_signal(signum) or evaluation)
-    handler = lambda *_: pytest.fail("the run did not take the signal")  # noqa: E731
+
+    def handler(*_):
+        pytest.fail("the run did not take the signal")
+
     before = signal.signal(signum, handler)
     assert summary(script.train(small_args(total_timesteps=30)))["steps"] == 30
     with pytest.raises(SystemExit):  # at step 200's evaluation
