@@ -38,13 +38,12 @@ def check_critic(critic: nn.Module, observations, actions, forward=nn.Module.__c
     try:
         for name, error, cause in checks(partial(forward, critic), parameters, s, a, compile):
             holds = error.item() < TOLERANCE  # NaN doesn't hold
-            print("ok   " if holds else "FAILS", f"{name} ({error.item():.0e})")
-            if not holds:
-                print("      likely", cause)
-                all_hold = False
+            told = f"{name} ({error.item():.0e})"
+            print(f"ok    {told}" if holds else f"FAILS {told}\n      likely {cause}")
+            all_hold &= holds
     except Exception as error:  # anyone's critic may raise anything
         print(f"FAILS {type(error).__name__}: {error}\n      an in-place operation is batch norm's: {GROUP_NORM}")
-        all_hold = False
+        return False
     return all_hold
 
 
@@ -57,13 +56,11 @@ def checks(q, parameters, s, a, compile):
         return  # all that follows would measure the masks
     halves = torch.cat([action_gradient(q, *half)[0] for half in zip(s.chunk(2), a.chunk(2), strict=True)])
     yield "half the batch gives the same", difference(halves, field), f"batch statistics: {GROUP_NORM}"
+    yield "actions are in [-1, 1]", (a.abs().max() - 1).clamp(min=0), "the env's units: rescale them for the critic"
 
-    def losses(delta=1.0, noise=noise):
+    def losses(delta=1.0):
         return pave_losses(q, s, a, next_s, noise, v, delta)
 
-    mpr = losses(noise=torch.zeros_like(s)).mpr / field.square().mean()
-    yield "MPR is 0 at sigma = 0", mpr, f"batch statistics: {GROUP_NORM}"
-    yield "actions are in [-1, 1]", (a.abs().max() - 1).clamp(min=0), "the env's units: rescale them for the critic"
     vhv = losses().vhv.detach().abs().max()
     yield "v^T H v is not 0", vhv <= 1e-12 * field.abs().max(), "ReLU, whose curvature stays 0: take nn.SiLU"
 
@@ -71,14 +68,16 @@ def checks(q, parameters, s, a, compile):
         each = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         return nn.utils.parameters_to_vector(each)
 
-    weights, delta = nn.utils.parameters_to_vector(parameters).detach(), 1 + 2 * vhv  # every row above Curv's kink
+    weights = nn.utils.parameters_to_vector(parameters).detach()
+
+    def value(term, shift):
+        nn.utils.vector_to_parameters(weights + shift, parameters)
+        return getattr(losses(1 + 2 * vhv), term)  # with this delta every row is above Curv's kink
+
     for term, cause in {"mpr": DETACHED, "vfc": DETACHED, "curvature": FUSED}.items():
-        gradient, direction, ends = parameter_gradient(getattr(losses(delta), term)), torch.randn_like(weights), []
-        for step in (STEP, -STEP):  # the reference is a central difference: it knows no autograd
-            nn.utils.vector_to_parameters(weights + step * direction, parameters)
-            ends.append(getattr(losses(delta), term).detach())
-        nn.utils.vector_to_parameters(weights, parameters)
-        error = (ends[0] - ends[1]) / (2 * STEP) - gradient @ direction
+        gradient, direction = parameter_gradient(value(term, 0)), torch.randn_like(weights)
+        ends = value(term, STEP * direction), value(term, -STEP * direction)
+        error = (ends[0] - ends[1]) / (2 * STEP) - gradient @ direction  # a central difference knows no autograd
         yield f"parameter gradient of {term}", error.abs() / gradient.norm().clamp(min=1e-9), cause
     if compile:
         torch.compiler.reset()  # after 8 critics torch would compile no more

@@ -1,5 +1,7 @@
 """Environments that a run must refuse, stop at or get right; `--env-id odd_envs:NAME` imports this module."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
@@ -31,15 +33,10 @@ class Odd(gym.Env):
         return self.observe([position, self.steps, self.episode]), reward, over and even, over and not even, {}
 
 
-class Endless(Odd):
-    """No episode of it ever ends by itself."""
-
-    def step(self, action):
-        return *super().step(action)[:2], False, False, {}
-
-
-def register(name, entry_point=Odd, steps=1000, **kwargs):
-    gym.register(f"{name}-v0", entry_point, max_episode_steps=steps, kwargs=kwargs, disable_env_checker=True)
+def register(name, *parts, steps=1000, **named):
+    """Odd(*parts, **named) as an env; returns its --env-id."""
+    gym.register(f"{name}-v0", partial(Odd, *parts, **named), max_episode_steps=steps, disable_env_checker=True)
+    return f"odd_envs:{name}-v0"
 
 
 def in_place(values, array=np.zeros(3, np.float32)):  # noqa: B008  one array for all observations, as some envs have
@@ -47,38 +44,31 @@ def in_place(values, array=np.zeros(3, np.float32)):  # noqa: B008  one array fo
     return array
 
 
-inf, real = np.inf, Box(-np.inf, np.inf, (2,))
-register("Fine")
-register("Aliased", observe=in_place)
-register("Endless", Endless, steps=None)
+def in_parts(values):
+    return {"joints": np.float32(values[:2]), "near": 1, "desired_goal": np.ones(1)}
 
-OBSERVATIONS = {
-    "Dict": (
-        Dict({"joints": real, "near": Discrete(2), "desired_goal": Box(-inf, inf, (1,), np.float64)}),
-        lambda v: {"joints": np.float32(v[:2]), "near": 1, "desired_goal": np.ones(1)},
-    ),
-    "Tuple": (Tuple([real, Box(0, 99, (1,), np.int64)]), lambda v: (np.float32(v[:2]), np.array([v[1]]))),
-    "Row": (Box(-inf, inf, (1, 3)), lambda v: np.float32([v])),
-    "Bits": (MultiBinary(3), lambda v: np.int8([v[0] > 0, v[1] > 5, 1])),
-    "Integers": (Box(-99, 99, (3,), np.int32), np.int32),
-    "Scalar": (Box(-inf, inf, ()), lambda v: np.float32(v[0])),
-}
-for name, (space, observe) in OBSERVATIONS.items():
-    register(name, observe=observe, observation_space=space)
 
-ACTIONS = {
-    "ActionMatrix": Box(-1, 1, (2, 2)),
-    "ActionScalar": Box(-1, 1, ()),
-    "ActionHalf": Box(-0.1, 0.3, (2,), np.float16),
-    "ActionDouble": Box(-0.1, 0.3, (2,), np.float64),
-    "ActionLocked": Box(np.float32([-1, 0.5]), np.float32([1, 0.5])),
-    "Asymmetric": Box(np.float32([0]), np.float32([4])),
-}
-for name, space in ACTIONS.items():
-    register(name, action_space=space)
-
-register("RewardArray", reward=lambda r: np.array([r]))
-register("RewardScalarArray", reward=lambda r: np.array(r))
+inf, real, goal = np.inf, Box(-np.inf, np.inf, (2,)), Box(-np.inf, np.inf, (1,), np.float64)
+joints = np.random.default_rng(0).uniform(0.1, 9, 100)  # bounds, so many that a careless rescaling oversteps one
+REAL = [  # what people really have
+    register("Dict", in_parts, Dict({"joints": real, "near": Discrete(2), "desired_goal": goal})),
+    register("Tuple", lambda v: (np.float32(v[:2]), np.array([v[1]])), Tuple([real, Box(0, 99, (1,), np.int64)])),
+    register("Row", lambda v: np.float32([v]), Box(-inf, inf, (1, 3))),
+    register("Bits", lambda v: np.int8([v[0] > 0, v[1] > 5, 1]), MultiBinary(3)),
+    register("Integers", np.int32, Box(-99, 99, (3,), np.int32)),
+    register("Scalar", lambda v: np.float32(v[0]), Box(-inf, inf, ())),
+    register("ActionMatrix", action_space=Box(-1, 1, (2, 2))),
+    register("ActionScalar", action_space=Box(-1, 1, ())),
+    register("ActionHalf", action_space=Box(np.float16(-joints / 3), np.float16(joints), dtype=np.float16)),
+    register("ActionSingle", action_space=Box(np.float32(-joints / 3), np.float32(joints))),
+    register("ActionDouble", action_space=Box(-joints / 3, joints, dtype=np.float64)),
+    register("ActionLocked", action_space=Box(np.float32([-1, 0.5]), np.float32([1, 0.5]))),
+    register("Asymmetric", action_space=Box(np.float32([0]), np.float32([4]))),
+    register("RewardArray", reward=lambda r: np.array([r])),
+    register("RewardScalarArray", reward=lambda r: np.array(r)),
+]
+register("Aliased", in_place)
+register("NoTimeLimit", steps=None)
 register("Discrete", action_space=Discrete(3))
 register("Integer", action_space=Box(0, 10, (1,), np.int32))
 register("Unbounded", action_space=Box(-inf, inf, (1,)))
