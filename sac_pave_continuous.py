@@ -208,8 +208,7 @@ class Actor(nn.Module):
         log_std = log_std.clamp(-20, 2)
         u = mean + log_std.exp() * noise
         gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # log(1 - tanh(u)^2), written so that it stays finite where tanh rounds to 1 (SAC paper, appendix C)
-        squash = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        squash = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), finite if tanh(u) is 1
         return torch.tanh(u), (gaussian - squash).sum(-1)
 
 
@@ -319,6 +318,7 @@ class Agent(nn.Module):
                 except Exception as error:  # no C++ compiler, or a Ctrl-C that killed it
                     tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
                     self.backward = eager
+                    self.zero_grad()  # the call that failed may have left gradients
                     return eager(*inputs)
 
             self.backward = compiled_or_eager

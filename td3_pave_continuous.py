@@ -305,6 +305,7 @@ class Agent(nn.Module):
                 except Exception as error:  # no C++ compiler, or a Ctrl-C that killed it
                     tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
                     self.backward = eager
+                    self.zero_grad()  # the call that failed may have left gradients
                     return eager(*inputs)
 
             self.backward = compiled_or_eager
