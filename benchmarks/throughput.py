@@ -120,8 +120,9 @@ def main(args: Args) -> None:
     require(not args.sb3 or find_spec("stable_baselines3"), "--sb3 needs: pip install stable-baselines3")
     args.cuda = args.cuda and torch.cuda.is_available()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # this and the next two lines: as train() does
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # this and the next three lines: as train() does
     torch.use_deterministic_algorithms(True)
+    torch.autograd.set_multithreading_enabled(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
     found = {}
     for name, script in SCRIPTS.items():
