@@ -212,7 +212,7 @@ PaveLosses = namedtuple("PaveLosses", "mpr vfc curvature vhv gradient q_values")
 
 
 def action_gradient(q, observations, actions):
-    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,), which `q` returns, or there is a ValueError."""
+    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). ValueError if `q` returns another shape."""
 
     def total(a):
         q_values = q(observations, a)
