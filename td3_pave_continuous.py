@@ -111,8 +111,7 @@ def validate(args: Args) -> Args:
     }  # fmt: skip
     for names, (low, high) in limits.items():
         for name in names.split():
-            value = getattr(args, name)
-            fits = value is None or (low <= value <= high and math.isfinite(value))
+            fits = (value := getattr(args, name)) is None or (low <= value <= high and math.isfinite(value))
             require(fits, f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
     return args
 
@@ -206,7 +205,7 @@ class Actor(nn.Module):
 
 # -------------------------------------------------------------------- PAVE: paste from here to the next dashed line
 
-from collections import namedtuple  # noqa: E402  here: above the pasted block only `import torch` is needed
+from collections import namedtuple  # noqa: E402  here, so that the block needs only `import torch` above it
 
 PaveLosses = namedtuple("PaveLosses", "mpr vfc curvature vhv gradient q_values")  # see pave_losses
 
@@ -265,7 +264,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
     vhv, gradient, q_values = hutchinson_trace(q, observations, actions, probe)
     states = torch.cat([observations + state_noise, next_observations])
-    # the same a at every state: VFC is to see how the field turns with s, and Curv wants it to change with a
+    # the same a at every state: VFC is to see the field turn with s alone; Curv wants it to change with a
     noisy_gradient, next_gradient = action_gradient(q, states, torch.cat([actions, actions]))[0].chunk(2)
     mpr, vfc = (noisy_gradient - gradient).square().mean(), (next_gradient - gradient).square().mean()
     return PaveLosses(mpr, vfc, torch.relu(vhv + delta).mean(), vhv, gradient, q_values)
@@ -289,26 +288,32 @@ class Agent(nn.Module):
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
         if args.autotune_curv:
             self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))  # times gradient_scale: the weight
-            self.register_buffer("gradient_scale", torch.zeros(()))  # running RMS of grad_a Q; 0 at first: no Curv
+            self.register_buffer("gradient_scale", torch.zeros(()))  # running mean of grad_a Q's RMS; 0: no Curv
         self.to(device)
         self.critic_parameters, self.actor_parameters = [*self.critics.parameters()], [*self.actor.parameters()]
         self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True, capturable=True)
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, fused=True, capturable=True)
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
         if args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # lets `backward` compile, loss.backward() and all
+            torch._dynamo.config.trace_autograd_ops = True  # lets `backward`, the next method, compile in one piece
             eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True)
 
-            def compiled_or_eager(*inputs) -> dict:
+            def compiled_or_eager(*arguments) -> dict:
                 try:
-                    return compiled(*inputs)
+                    return compiled(*arguments)
                 except Exception as error:  # no C++ compiler, or a Ctrl-C that killed it
                     tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
                     self.backward = eager
                     self.zero_grad()  # the call that failed may have left gradients
-                    return eager(*inputs)
+                    return eager(*arguments)
 
             self.backward = compiled_or_eager
+
+    def backward(self, loss_function, parameters: list, *arguments) -> dict:
+        """loss.backward() for loss_function(*arguments) -> (loss, metrics); with --compile one compiled piece."""
+        loss, metrics = loss_function(*arguments)
+        loss.backward(inputs=parameters)  # the actor's loss leaves nothing in the critics, through which it passes
+        return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
@@ -325,10 +330,10 @@ class Agent(nn.Module):
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
         self.q_optimizer.zero_grad()
-        if args.autotune_curv:  # dual ascent, see critic_loss: lambda_curv grows while too few v^T H v are < -delta
+        if args.autotune_curv:  # dual ascent: lambda_curv grows while fewer v^T H v than aimed at are below -delta
             shortfall = args.target_concavity - metrics["geometry/margin_fraction"]
-            self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)
-            self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)
+            self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)  # < 0.6 % a time
+            self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)  # grad_a Q's RMS, 200 updates' mean
         if update_actor:
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch)
             self.actor_optimizer.step()
@@ -337,12 +342,6 @@ class Agent(nn.Module):
             with torch.no_grad():  # Polyak averaging
                 torch._foreach_lerp_(targets, self.critic_parameters + self.actor_parameters, args.tau)
         return metrics
-
-    def backward(self, loss_function, parameters: list, *inputs) -> dict:
-        """loss.backward() for loss_function(*inputs) -> (loss, metrics); __init__ may compile it, in one piece."""
-        loss, metrics = loss_function(*inputs)
-        loss.backward(inputs=parameters)  # the actor's loss leaves nothing in the critics, through which it passes
-        return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def td_target(self, next_observations, rewards, terminations, noise):
@@ -356,24 +355,25 @@ class Agent(nn.Module):
         """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
         observations, next_observations, actions, rewards, terminations = batch
         target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n, pave_loss, metrics = self.args, self.pave_rows, 0.0, {}  # PAVE: rows [:n], by default all; TD3: none
-        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])  # TD only, or none
+        args, n, pave_loss, metrics = self.args, self.pave_rows, 0.0, {}
+        # PAVE takes the rows [:n], by default all of them, and has Q there from its own passes; plain TD3 has n = 0
+        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
         if n:
-            lambda_curv, delta = args.lambda_curv, args.curv_delta
+            curv_weight, delta = args.lambda_curv, args.curv_delta
             if args.autotune_curv:  # in units of grad_a Q; with delta 1 a paraboloid's top is a box width off at most
-                lambda_curv = self.lambda_curv * self.gradient_scale
+                curv_weight = self.lambda_curv * self.gradient_scale
                 delta = actions.shape[1] / 2 * delta * self.gradient_scale
             rows = observations[:n], actions[:n], next_observations[:n]
             twins = [pave_losses(critic, *rows, state_noise, probe, delta) for critic in self.critics]
             pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))  # twins first: mpr (2,), vhv (2, n)
             q_values = torch.cat([pave.q_values, q_values], dim=1)  # rows [:n] first, as in target_q
-            pave_loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
+            pave_loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + curv_weight * pave.curvature
             metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
             metrics |= {"geometry/vhv": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
             if args.autotune_curv:
-                metrics |= {"losses/lambda_curv": lambda_curv, "geometry/margin_fraction": (pave.vhv < -delta).float()}
+                metrics |= {"losses/lambda_curv": curv_weight, "geometry/margin_fraction": (pave.vhv < -delta).float()}
                 metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()
-        td = (q_values - target_q).square().mean(dim=1)  # SAC takes half of it, TD3 all: the tuned lambdas hang on that
+        td = (q_values - target_q).square().mean(dim=1)  # SAC halves it, TD3 does not: the tuned lambdas hang on it
         metrics |= {"losses/qf_loss": td, "losses/q_values": q_values}
         return (td + pave_loss).sum(), {name: value.mean() for name, value in metrics.items()}
 
@@ -428,7 +428,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
 
 def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
     """Write actor.pt (for a robot) and checkpoint.pt: networks, targets, optimizers, replay, and torch's generators,
-    which also seed the episodes: all that a run depends on at an episode's end, so that it goes on bit-identically."""
+    which also seed the episodes: all that a run needs to go on bit-identically from an episode's end."""
     optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
     moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
     require(all(t.isfinite().all() for t in [*agent.parameters(), *moments]), f"step {step:,}: {DIVERGED} (NaN weight)")
@@ -558,7 +558,7 @@ def train(args: Args, make_agent=Agent) -> Path:
             raise SystemExit(128 + stop_signals[0])
         summary = asdict(args) | {"algorithm": SCRIPT, "steps": step, "steps_per_second": steps_per_second} | evaluation
         if args.autotune_curv:
-            summary["lambda_curv"] = (agent.lambda_curv * agent.gradient_scale).item()  # as found
+            summary["lambda_curv"] = (agent.lambda_curv * agent.gradient_scale).item()  # the weight that was found
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         tqdm.write(f"done: {run_dir}")
     finally:
