@@ -286,7 +286,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
-        args = self.args = validate(args)  # a lambda that is None would silently count as 0
+        args = self.args = validate(args)  # lambdas that are None would silently be no PAVE
         self.device, self.action_dim, self.graphs = device, action_dim, {}  # see graphed_update
         use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
         self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # rows of a minibatch for PAVE
@@ -348,7 +348,7 @@ class Agent(nn.Module):
             self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)  # grad_a Q's RMS, 200 updates' mean
         with torch.no_grad():  # Polyak averaging
             torch._foreach_lerp_([*self.critic_targets.parameters()], self.critic_parameters, args.tau)
-        for _ in range(args.policy_frequency if update_actor else 0):  # late, but as many as of the critics
+        for _ in range(args.policy_frequency if update_actor else 0):  # makes up for those it skipped
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch, torch.randn_like(actions))
             self.actor_optimizer.step()  # of alpha, too, with --autotune
             self.actor_optimizer.zero_grad()
@@ -370,7 +370,7 @@ class Agent(nn.Module):
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
         if n:
             curv_weight, delta = args.lambda_curv, args.curv_delta
-            if args.autotune_curv:  # in units of grad_a Q; with delta 1 a paraboloid's top is a box width off at most
+            if args.autotune_curv:  # paraboloid: v^T H v = -mu d_a, grad_a Q = mu distance; delta 1: distance < 2
                 curv_weight = self.lambda_curv * self.gradient_scale
                 delta = actions.shape[1] / 2 * delta * self.gradient_scale
             rows = observations[:n], actions[:n], next_observations[:n]
@@ -383,7 +383,7 @@ class Agent(nn.Module):
             if args.autotune_curv:
                 metrics |= {"losses/lambda_curv": curv_weight, "geometry/margin_fraction": (pave.vhv < -delta).float()}
                 metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()
-        td = (q_values - target_q).square().mean(dim=1)  # SAC halves it, TD3 does not: the tuned lambdas hang on it
+        td = (q_values - target_q).square().mean(dim=1)  # SAC's paper halves it, TD3's not: tuned lambdas hang on it
         metrics |= {"losses/qf_loss": td, "losses/q_values": q_values}
         return (0.5 * td + pave_loss).sum(), {name: value.mean() for name, value in metrics.items()}
 
