@@ -22,6 +22,8 @@ from sac_pave_continuous import UserError, require
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {script.SCRIPT: script for script in (sac_pave_continuous, td3_pave_continuous)}
+# Settings, by how they begin, in which trainings of the same thing may differ
+FREE = ("output_dir", "resume", "eval_", "checkpoint_interval", "cuda", "torch_", "compile")
 USER_ERRORS = (UserError, td3_pave_continuous.UserError, OSError)  # OSError: a folder not writable, say
 
 

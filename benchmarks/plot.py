@@ -23,7 +23,7 @@ from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.linalg import matrix_norm
 
-from benchmarks.common import Episode, Run, load_run, require, rollout, user_errors
+from benchmarks.common import FREE, Episode, Run, load_run, require, rollout, user_errors
 from benchmarks.evaluate import critic_hessians
 
 METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
@@ -37,8 +37,6 @@ AXES = {
     "oscillation": "oscillation in env action units\n(lower is smoother)",
 }
 TAGS = {f"eval/{name.removesuffix('_mean')}": text for name, text in AXES.items()}
-# beginnings of the settings in which the seeds of a group may differ
-FREE = ("seed", "output_dir", "resume", "eval_", "checkpoint_interval", "cuda", "compile", "torch_")
 STYLE = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 11, "font.size": 10,
     "figure.constrained_layout.use": True, "grid.color": "#e4e4e4", "legend.frameon": False,
@@ -55,7 +53,7 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 
 def settings_of(run: Run) -> dict:
     """What makes a training: all seeds of a group have the same."""
-    return {k: v for k, v in vars(run.args).items() if not k.startswith(FREE)} | {"steps trained": run.step}
+    return {k: v for k, v in vars(run.args).items() if not k.startswith(("seed", *FREE))} | {"steps trained": run.step}
 
 
 def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:

@@ -45,7 +45,7 @@ import torch
 import tyro
 
 from benchmarks import caps, common, evaluate
-from benchmarks.common import ROOT, SCRIPTS, UserError, read_json, require
+from benchmarks.common import FREE, ROOT, SCRIPTS, UserError, read_json, require
 
 ALGORITHMS = {name.partition("_")[0]: script for name, script in SCRIPTS.items()}  # "sac" and "td3"
 ABLATION = {f"ablation-{mask:03b}": f"{mask:03b}" for mask in range(8)}
@@ -59,8 +59,6 @@ PRESETS = {
 }
 SHORT_ENVS = ("Pendulum", "LunarLanderContinuous")  # where the paper's TD3 differs
 CELL_FLAGS = {"--env-id", "--seed", "--total-timesteps", "--output-dir", "--resume", "--autotune-curv"}
-# Settings, by how they begin, that a training may have otherwise than asked
-FREE = ("output_dir", "resume", "eval_", "checkpoint_interval", "cuda", "torch_", "compile")
 
 
 @dataclass
