@@ -12,7 +12,7 @@ three losses to each critic: two make M small, the third pushes the trace of d2Q
 
 Means are over the batch; in MPR and VFC over the d_a action dimensions, too: the lambdas assume this. For small sigma
 MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q
-that is flat in a: mu is zero, and the action jumps between the limits. Curv is what forbids that.
+that is flat in a: mu is zero, and the action jumps between the limits. Curv works against that.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
     python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3
