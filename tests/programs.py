@@ -17,10 +17,15 @@ def run_program(module, *arguments):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def fails(module, *arguments) -> str:
-    """The one line with which it ends, exit code 2."""
+def errors_of(module, *arguments) -> str:
+    """What it writes to stderr; it must end with exit code 2."""
     with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit, match=r"^2$"):
         run_program(module, *arguments)
-    line = errors.getvalue()
+    return errors.getvalue()
+
+
+def fails(module, *arguments) -> str:
+    """The one line with which it ends, exit code 2."""
+    line = errors_of(module, *arguments)
     assert line.startswith("error: ") and line.count("\n") == 1
     return line

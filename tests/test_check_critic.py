@@ -1,12 +1,10 @@
 """check_critic passes what is right and finds what isn't, on the real modules; each cure is tried, too."""
 
 import functools
-import runpy
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from programs import run_program
 from torch import nn
 
 from benchmarks.check_critic import check_critic
@@ -105,10 +103,9 @@ good = functools.partial(bad, nn.SiLU())
 
 
 @pytest.mark.parametrize(("name", "code"), [("good", 0), ("bad", 1), ("missing", 2)])
-def test_as_a_command_its_exit_code_tells(capsys, monkeypatch, name, code):
-    monkeypatch.setattr(sys, "argv", ["check_critic", f"{__name__}:{name}"])
+def test_as_a_command_its_exit_code_tells(capsys, name, code):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "benchmarks/check_critic.py"), run_name="__main__")
+        run_program("benchmarks.check_critic", f"{__name__}:{name}")
     out, errors = capsys.readouterr()
     assert ended.value.code == code and ("FAILS" in out) == (code == 1)
     assert errors.count("\n") == ("give module:function" in errors) == (code == 2)

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import odd_envs  # its import registers the odd_envs:* ids
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL
+from programs import fails, run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 both_scripts = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
@@ -50,16 +50,6 @@ def flags_of(settings):
         flag = name.replace("_", "-")
         flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return flags
-
-
-def command_line(script, **settings):
-    """Run the script as __main__ in this process; returns its exit code."""
-    with patch.object(sys, "argv", [script.__name__, *flags_of(settings)]):
-        try:
-            runpy.run_path(str(ROOT / f"{script.__name__}.py"), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-    return 0
 
 
 def start(script, args):
@@ -178,7 +168,7 @@ def test_a_real_process_interrupted_saves_and_resumes_with_its_own_settings(scri
     assert (process.returncode, "Traceback" in errors) == (128 + signum, False)
     path = Path(output.split("go on with --resume ")[1].strip())
     step = checkpoint(path.parent)["step"]
-    assert command_line(script, resume=path, total_timesteps=step + 10) == 0
+    run_program(script.__name__, "--resume", path, "--total-timesteps", step + 10)
     resumed = checkpoint(path.parent)
     assert step >= 200 and (resumed["step"], resumed["args"]["gamma"]) == (step + 10, 0.9)
 
@@ -252,11 +242,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("message", BAD_INPUT)
-def test_bad_input_is_one_clear_line_and_exit_code_2(script, capsys, tmp_path, message):
+def test_bad_input_is_one_clear_line_and_exit_code_2(script, tmp_path, message):
     settings = SMALL | {"output_dir": tmp_path / "runs"} | BAD_INPUT[message]
-    assert command_line(script, **settings) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert message in error
+    assert message in fails(script.__name__, *flags_of(settings))
     assert not list(tmp_path.iterdir())
 
 
