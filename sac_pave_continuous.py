@@ -337,14 +337,14 @@ class Agent(nn.Module):
     def update(self, batch: tuple, update_actor: bool) -> dict:
         """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
         args, n, (observations, _, actions, _, _) = self.args, self.pave_rows, batch
-        target_noise = torch.randn_like(actions)  # noise is drawn in `update` only: eager and compiled draw the same
+        target_noise = torch.randn_like(actions)  # drawn here, not in `backward`: eager and compiled draw the same
         state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
         self.q_optimizer.zero_grad()
         if args.autotune_curv:  # dual ascent: lambda_curv grows while fewer v^T H v than aimed at are below -delta
             shortfall = args.target_concavity - metrics["geometry/margin_fraction"]
-            self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)  # < 0.6 % a time
+            self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)  # by up to 0.6 %
             self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)  # grad_a Q's RMS, 200 updates' mean
         with torch.no_grad():  # Polyak averaging
             torch._foreach_lerp_([*self.critic_targets.parameters()], self.critic_parameters, args.tau)
@@ -370,7 +370,7 @@ class Agent(nn.Module):
         q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
         if n:
             curv_weight, delta = args.lambda_curv, args.curv_delta
-            if args.autotune_curv:  # paraboloid: v^T H v = -mu d_a, grad_a Q = mu distance; delta 1: distance < 2
+            if args.autotune_curv:  # paraboloid: v^T H v = -mu d_a, RMS grad_a Q = mu RMS distance; delta 1: it is < 2
                 curv_weight = self.lambda_curv * self.gradient_scale
                 delta = actions.shape[1] / 2 * delta * self.gradient_scale
             rows = observations[:n], actions[:n], next_observations[:n]
@@ -520,7 +520,7 @@ def train(args: Args, make_agent=Agent) -> Path:
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
     if args.compile:
         tqdm.write("the first updates wait for torch.compile, up to a minute (--no-compile: no wait, slower updates)")
-    stop_signals = []  # a second one stops at once
+    stop_signals = []  # a second one of a kind stops at once
 
     def request_stop(signum, _frame):
         stop_signals.append(signum)
