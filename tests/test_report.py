@@ -21,9 +21,13 @@ PUBLISHED = ROOT / "benchmarks" / "results" / "report"
 def drawn(monkeypatch):
     """Keep figures from being rendered, which takes a second each; what was drawn, by file name."""
     figures = {}
-    monkeypatch.setattr(report.plot, "save", lambda figure, path: figures.__setitem__(path.name, figure))
-    yield figures
-    report.plt.close("all")
+
+    def save(figure, path):
+        figures[path.name] = figure
+        report.plt.close(figure)
+
+    monkeypatch.setattr(report.plot, "save", save)
+    return figures
 
 
 def row(method="base", seed=1, sm=0.5, env_id="Hopper-v5", algorithm="td3", **more) -> dict:
