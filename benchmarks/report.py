@@ -288,8 +288,6 @@ def section(rows: pd.DataFrame, folder: Path) -> list[str]:
     """The tables and figures of one env and number of steps."""
     env_id, steps = rows[["env_id", "steps"]].iloc[0]
     title, done = f"{env_id}, {steps:,} steps", rows[rows["missing"].isna()]
-    if done.empty:
-        return []
     parts = [f"## {title}"]
     if (error := (done["return_std"] / done["episodes"] ** 0.5).median()) > 0:
         parts.append(f"Other starts would move a run's mean return by some ±{number(error)} (standard error).")

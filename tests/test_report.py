@@ -120,6 +120,16 @@ def test_an_ablation_compares_with_no_loss_and_shows_every_seed(tmp_path, drawn)
     assert [list(line.get_ydata()) for line in axis.lines] == [[1.0 + n, 1.0 + n] for n in range(8)]
 
 
+def test_the_figure_of_saturation_sorts_the_tasks_by_it(tmp_path, drawn):
+    """And shows what pave leaves of base's oscillation."""
+    rows = [row(env_id="Ant-v5", saturation=0.3), row(env_id="x:Ball-v0", saturation=0.2)]
+    rows += [row("pave", env_id="Ant-v5", oscillation=0.02), row("pave", env_id="x:Ball-v0", oscillation=0.15)]
+    make(tmp_path, rows)
+    (axis,) = drawn["saturation.png"].axes
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["Ball\nTD3\n20.0%", "Ant\nTD3\n30.0%"]
+    assert axis.collections[0].get_offsets()[:, 1].tolist() == pytest.approx([1.5, 0.2])
+
+
 def test_the_published_report_is_that_of_its_csv(tmp_path):
     published = (PUBLISHED / "report.md").read_text()
     report.main(report.Args((PUBLISHED / "runs.csv",), tmp_path))
