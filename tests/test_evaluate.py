@@ -88,14 +88,14 @@ def test_geometry_against_loops(monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 7)  # several chunks an episode
     monkeypatch.setattr(evaluate, "LIMIT", 0.7)  # random actions are seldom beyond 0.98
     torch.manual_seed(0)
-    trained, actor, rng = sac.QNetwork(3, 2).double(), sac.Actor(3, 2).double(), np.random.default_rng(0)
+    trained, actor, rng = sac.QNetwork(3, 3).double(), sac.Actor(3, 3).double(), np.random.default_rng(0)
     episodes = [
-        Episode(np.float32(rng.normal(size=(n, 3))), np.float32(rng.uniform(-1, 1, (n, 2))), None, None)
+        Episode(np.float32(rng.normal(size=(n, 3))), np.float32(rng.uniform(-1, 1, (n, 3))), None, None)
         for n in (20, 1, 15)
     ]
 
     def critic(observations, actions):  # concave at some of the states only
-        return 100 * trained(observations, actions) + (observations[:, :1] * actions.square()).sum(-1)
+        return 50 * trained(observations, actions) + (observations[:, :1] * actions.square()).sum(-1)
 
     actor.net[0].weight.data *= 20  # too steep for the bound at some of them
     states, cosines = [], []
@@ -110,13 +110,13 @@ def test_geometry_against_loops(monkeypatch):
             states.append((mixed, *np.linalg.eigvalsh(both[1].numpy()), slope, outward))
         for x, y in itertools.pairwise(gradients):
             cosines.append(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-    mixed, smallest, largest, slopes, outward = np.array(states).T
+    mixed, *eigenvalues, largest, slopes, outward = np.array(states).T
     concave, holds = largest < 0, (slopes <= mixed / -largest)[largest < 0]
     for share in (concave, holds, outward, np.array(cosines) < 0):
         assert 0 < sum(share) < len(share)
     expected = {
         "saturation_outward": np.mean(outward), "m_sup": max(mixed), "m_mean": np.mean(mixed),
-        "mu_inf": min(-largest[concave]), "trace_abs_inf": min(abs(smallest + largest)),
+        "mu_inf": min(-largest[concave]), "trace_abs_inf": min(abs(sum(eigenvalues) + largest)),
         "neg_def": np.mean(concave), "cosine_mean": np.mean(cosines), "flip_rate": np.mean(np.array(cosines) < 0),
         "actor_jacobian_sup": max(slopes), "bound_sup": max(mixed) / min(-largest[concave]),
         "bound_holds_share": np.mean(holds),
