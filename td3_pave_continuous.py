@@ -154,8 +154,8 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
         self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
-        size = 4 * capacity * sum(self.widths)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # Linux grants more, and kills the run later
+        size, sysconf = 4 * capacity * sum(self.widths), getattr(os, "sysconf", lambda _: math.inf)  # not on Windows
+        memory = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")  # Linux grants more, and kills the run later
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
         require(size < memory, f"no memory for a replay buffer of {size / 1e9:,.1f} GB: lower --buffer-size")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
@@ -437,7 +437,7 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer
     state = {
         "agent": agent.state_dict(), "optimizers": optimizers, "buffer_position": buffer.position,
         "buffer_rows": buffer.rows[: buffer.size].to("cpu", copy=True),  # a view would save the whole ring
-        "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+        "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if buffer.rows.is_cuda else [],
     }  # fmt: skip
     robot = {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high}  # the bounds flat, as actions
     for name, content in {"actor.pt": about | robot, "checkpoint.pt": about | state}.items():

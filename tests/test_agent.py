@@ -245,3 +245,5 @@ def test_a_buffer_larger_than_the_memory_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9))  # free, total
     with pytest.raises(sac.UserError, match="lower --buffer-size"):
         sac.ReplayBuffer(1000, 2, 1, torch.device("cuda"))
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert len(sac.ReplayBuffer(10, 2, 1, CPU).rows) == 10

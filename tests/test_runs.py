@@ -63,8 +63,9 @@ def start(script, args):
 
 
 @both_scripts
-def test_a_run_leaves_what_the_readme_promises(script, small_args):
-    settings = {"learning_starts": 390, "checkpoint_interval": 200, "policy_frequency": 3}
+def test_a_run_leaves_what_the_readme_promises(script, small_args, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", None)  # with --no-cuda the GPUs are left alone
+    settings = {"learning_starts": 390, "checkpoint_interval": 200, "policy_frequency": 3, "cuda": False}
     run_dir = script.train(small_args(total_timesteps=450, **settings))
     assert run_dir.name.startswith(f"Pendulum-v1__{script.SCRIPT}__1__")
     assert not list(run_dir.glob("*.partial"))
