@@ -1,8 +1,6 @@
 """Each recipe's critic loss is the block's, on the real libraries; a few updates of each run."""
 
-import json
 from functools import partial
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 import sac_pave_continuous as script
 from benchmarks.check_critic import check_critic
-from benchmarks.recipes import ensemble, plain, sb3, table
+from benchmarks.recipes import ensemble, plain, sb3
 
 LAMBDAS = 2.0, 3.0, 0.5
 
@@ -124,20 +122,3 @@ def test_sb3_loaded_adds_the_blocks_gradient_once_an_update_on_the_same_batch(tm
     sampled = [(batch.observations, batch.actions, batch.next_observations) for batch in batches]
     torch.testing.assert_close(updates, sampled, rtol=0, atol=0)
     assert max(actions.abs().max() for _, actions, _ in updates) <= 1  # Pendulum's own are within 2
-
-
-def test_the_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    evaluation = {"return_mean": -100.0, "smoothness_mean": 0.12345, "oscillation": 0.5}
-    done = SimpleNamespace(stdout=json.dumps(evaluation))
-    run = Mock(side_effect=[done, done, KeyboardInterrupt, *[done] * 16])
-    monkeypatch.setattr(table, "RESULTS", tmp_path / "recipes.csv")
-    monkeypatch.setattr(table.subprocess, "run", run)
-    with pytest.raises(KeyboardInterrupt):
-        table.main()
-    table.main()
-    commands = [tuple(call.args[0]) for call in run.mock_calls]
-    assert commands.pop(2) == commands[2]  # the one that was stopped, and no other, is run again
-    assert len(commands) == len(set(commands)) == 3 * 3 * 2
-    lines = capsys.readouterr().out.splitlines()
-    columns = "-100.0, -100.0, -100.0 | 0.1235, 0.1235, 0.1235 | 0.500, 0.500, 0.500"
-    assert lines[2] == f"| `plain.py` | without | {columns} |" and len(lines) == 2 + 6
