@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,15 @@ def test_rollout_is_the_scripts_evaluation_and_noise_blurs_only_what_the_policy_
                 seen = np.float32(observation + rng.uniform(-1, 1, 3) * noise)
                 assert np.array_equal(run.actor(torch.from_numpy(seen)[None])[0].numpy(), action)
                 observation = env.step(action)[0]
+
+
+def test_the_machine_is_named_with_its_gpu_preload_and_commit(monkeypatch):
+    told = {"grep": "model name\t: A CPU\n", "nvidia-smi": "A GPU\nA GPU\n", "git": "abc\n"}
+    run = Mock(side_effect=lambda command, **_: Mock(stdout=told[command.split()[0]]))
+    monkeypatch.setattr(common.subprocess, "run", run)
+    monkeypatch.setenv("LD_PRELOAD", "x.so")
+    name = f"A CPU, {common.os.cpu_count()} cores, A GPU, LD_PRELOAD=x.so"
+    assert common.machine() == {"machine": name, "torch": torch.__version__, "commit": "abc"}
 
 
 def test_geometry_against_loops(monkeypatch):
