@@ -104,7 +104,7 @@ def test_field_sweeps_the_dominant_pair_and_shows_the_norm_of_the_full_matrix(fl
     assert surface == pytest.approx(np.broadcast_to(2 * np.abs(np.linspace(-0.5, 1.5, 50)), (50, 50)))
     surface = plot.field_surface(lambda s, a: s[:, 1] * a[:, 1] ** 2, *point, (1, 1))
     assert surface == pytest.approx(np.broadcast_to(2 * np.abs(np.linspace(-1.75, 1.25, 50)), (50, 50)).T)
-    surface = plot.field_surface(lambda s, a: 3 * s[:, 0] * a[:, 0] + 4 * s[:, 1] * a[:, 0], *point, (1, 0))
+    surface = plot.field_surface(lambda s, a: (3 * s[:, 0] + 4 * s[:, 1]) * a[:, 0] + s[:, 2] * a[:, 1], *point, (1, 0))
     assert surface == pytest.approx(np.full((50, 50), 5.0)) and point[0].tolist() == [7.0, 0.5, 7.0]
 
 
