@@ -1,55 +1,79 @@
-"""TD3 + PAVE: smooth policies by shaping the critic (arXiv 2601.22970); the actor's loss stays plain TD3.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.13.0",
+#     "gymnasium[mujoco]>=1.0.0",
+#     "mujoco>=3.2.0",
+#     "tyro>=1.0.0",
+#     "tensorboard>=2.18.0",
+#     "tqdm>=4.66.0",
+# ]
+# ///
+"""TD3 + PAVE: smooth policies by shaping the critic (arXiv 2601.22970). The actor's loss stays plain TD3.
 
-Where the action maximises Q, implicit differentiation gives da*/ds = -(d2Q/da2)^-1 d2Q/dsda. So the policy's Lipschitz
-constant is at most M/mu: M, how fast the action gradient turns with the state; mu, how sharp the maximum is. PAVE adds
-three losses to each critic: two make M small, the third pushes the trace of d2Q/da2 below zero: mu up, on average.
+Why a policy chatters. The actor is trained to take the action a*(s) that maximises the critic's Q(s, a). At an interior
+maximum grad_a Q(s, a*(s)) = 0; differentiating this by s gives the slope of the policy:
 
-    MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)    mixed-partial regularisation
-    VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2                           vector-field consistency
-    Curv  mean max(0, v^T H v + delta),  H = d2Q/da2,  v in {-1, 1}^d_a       curvature preservation (Hutchinson)
+    da*/ds = -[d2Q/da2]^-1 d2Q/dsda,    so that |da*/ds| <= M / mu
+
+    M    the largest norm of d2Q/dsda: how fast the action gradient grad_a Q turns as the state moves
+    mu   the smallest curvature of Q at its maximum over a: how sharp the maximum is
+
+So the action jumps where the critic's gradient turns fast or where its maximum is flat. PAVE adds three losses to each
+critic. The first two make M small, the third keeps mu away from zero:
+
+    MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)   mixed-partial regularisation
+    VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2,  s' the next state      vector-field consistency
+    Curv  mean max(0, v^T H v + delta),  H = d2Q/da2,  v in {-1, 1}^d_a      curvature preservation (Hutchinson)
 
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
-Means are over the batch; in MPR and VFC over the d_a action dimensions, too: the lambdas assume this. For small sigma
-MPR tends to sigma^2 |d2Q/dsda|_F^2 / d_a; VFC sees d2Q/dsda along the motion s' - s. Alone, both are also least for a Q
-that is flat in a: mu is zero, and the action jumps between the limits. Curv works against that.
+What each tends to. For small sigma MPR is sigma^2 |d2Q/dsda|_F^2 / d_a: it sees every direction of the state. VFC sees
+only the direction in which the agent moves, s' - s. Both are least for a Q that is flat in a; there mu is zero, and the
+action jumps from limit to limit. Curv works against that: E[v^T H v] is the trace of H, which it wants below -delta.
+
+Conventions that the lambdas hang on. Means are over the batch and, in MPR and VFC, over the d_a action dimensions, too.
+The TD loss is not halved, as in TD3's paper. The critic sees actions in [-1, 1].
+
+How to read this file. It has two floors. THE METHOD is the networks, PAVE, the losses and the update: read it from top
+to bottom, it needs nothing else. What stands above and below it is machinery, and the line over each part says so.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
     python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3
+    python td3_pave_continuous.py --warm-start RUN/checkpoint.pt --total-timesteps 30000    # smooth a trained agent
 """
 
+import contextlib
 import copy
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
-LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the update
-DIVERGED = "training diverged, lower --q-lr or the lambdas; the last checkpoint is untouched"
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes on one run folder are not noticed
+    fcntl = None
 
-# The paper's tuned (lambda_mpr, lambda_vfc, lambda_curv) for TD3; any other env starts where the paper's search does.
-TUNED_LAMBDAS = {
-    "LunarLanderContinuous": (0.1, 0.1, 0.01), "Pendulum": (2.0, 0.005, 2.0), "Reacher": (0.1, 0.1, 0.01),
-    "Ant": (0.1, 0.005, 0.5), "Humanoid": (0.1, 0.005, 0.5), "Hopper": (0.1, 0.005, 0.5),
-    "Walker2d": (0.1, 0.1, 0.01),
-}  # fmt: skip
-LAMBDAS, UNTUNED_LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv"), (0.1, 0.1, 0.01)
-# --autotune-curv (ours): the paper's first two lambdas for SAC on Ant; where lambda_curv starts and its bounds
-AUTOTUNE_LAMBDAS, LAMBDA_CURV_BOUNDS = (0.1, 0.0005, 0.01), (1e-4, 100.0)
+SCRIPT = Path(__file__).stem
+
+# ======== SETTINGS: every flag and the lambdas of each env. For the method, skim them.
 
 
 @dataclass
@@ -68,12 +92,12 @@ class Args:
     exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in units of [-1, 1]
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions, in units of [-1, 1]
     noise_clip: float = 0.5  # bound of that noise
-    lambda_mpr: float | None = None  # weight of MPR; None: tuned for this env, else (or with --autotune-curv) 0.1
-    lambda_vfc: float | None = None  # weight of VFC; None: tuned for this env, else 0.1; with --autotune-curv 0.0005
-    lambda_curv: float | None = None  # weight of Curv; None: tuned for this env, else (or to start the autotuning) 0.01
+    lambda_mpr: float | None = None  # weight of MPR; None: the env's own, else 0.1
+    lambda_vfc: float | None = None  # weight of VFC; None: the env's own, else 0.1; with --autotune-curv 0.0005
+    lambda_curv: float | None = None  # weight of Curv; None: the env's own, else 0.01, also where autotuning starts
     mpr_sigma: float = 0.01  # standard deviation of MPR's noise, in the observation's own units
     curv_delta: float = 1.0  # margin delta by which Curv wants v^T H v below zero
-    pave_batch_size: int | None = None  # rows of the minibatch that the PAVE terms use: unbiased, cheaper; None: all
+    pave_batch_size: int | None = None  # rows of the minibatch that the PAVE losses use: unbiased, cheaper; None: all
     autotune_curv: bool = False  # tune lambda_curv; it and delta then scale with the critic's action gradient
     target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below -delta
     cuda: bool = True  # use a CUDA device if there is one
@@ -84,7 +108,36 @@ class Args:
     eval_interval: int = 10_000  # steps between two evaluations of the deterministic policy
     eval_episodes: int = 10  # episodes in an evaluation; 0: no evaluation
     checkpoint_interval: int = 50_000  # steps after which the next episode end writes checkpoint.pt and actor.pt
-    resume: str | None = None  # checkpoint.pt of a run to go on with; its settings hold unless a flag says otherwise
+    resume: str | None = None  # checkpoint.pt of a run that was stopped: goes on with it, in its folder, as it was
+    warm_start: str | None = None  # checkpoint.pt of any run: a new run begins with its agent, replay and settings
+
+
+# Settings that a resumed run may change, since they make no other training; where a run began, its origin says.
+FREE_SETTINGS = {"output_dir", "resume", "warm_start", "eval_interval", "eval_episodes", "checkpoint_interval"}
+FREE_SETTINGS |= {"cuda", "torch_deterministic", "compile", "cudagraphs"}
+
+# The weights of the three losses, in this order. `validate` looks up those that no flag gives: the tuned ones (the
+# paper's for TD3) where the env has some; else those at which the paper's search starts, which tunes lambda_curv, then
+# lambda_vfc, then lambda_mpr. With --autotune-curv every env has the same: the first two of the paper's SAC on
+# Ant, and a small lambda_curv to start from.
+LAMBDAS = ("lambda_mpr", "lambda_vfc", "lambda_curv")
+TUNED_LAMBDAS = {
+    "LunarLanderContinuous": (0.1, 0.1, 0.01),
+    "Pendulum": (2.0, 0.005, 2.0),
+    "Reacher": (0.1, 0.1, 0.01),
+    "Ant": (0.1, 0.005, 0.5),
+    "Humanoid": (0.1, 0.005, 0.5),
+    "Hopper": (0.1, 0.005, 0.5),
+    "Walker2d": (0.1, 0.1, 0.01),
+}
+UNTUNED_LAMBDAS = (0.1, 0.1, 0.01)
+AUTOTUNE_LAMBDAS = (0.1, 0.0005, 0.01)
+LAMBDA_CURV_BOUNDS = (1e-4, 100.0)  # of what --autotune-curv finds
+
+
+def env_name(env_id: str) -> str:
+    """An --env-id without module, namespace and version: Pendulum of my_module:filter/Pendulum-v1."""
+    return re.fullmatch(r"(?:.*[:/])?(.*?)(?:-v\d+)?", env_id)[1]
 
 
 class UserError(Exception):
@@ -97,56 +150,150 @@ def require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_range(args: Args, low: float, high: float, *names: str) -> None:
+    """UserError unless each of these settings is None or a finite number from low to high."""
+    for name in names:
+        value = getattr(args, name)
+        fits = value is None or (math.isfinite(value) and low <= value <= high)
+        require(fits, f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
+
+
 def validate(args: Args) -> Args:
-    """Return args with each None lambda looked up for this env; UserError on a setting that makes no sense."""
-    tuned = TUNED_LAMBDAS.get(re.sub(r"-v\d+$", "", args.env_id), UNTUNED_LAMBDAS)
-    lambdas = dict(zip(LAMBDAS, AUTOTUNE_LAMBDAS if args.autotune_curv else tuned, strict=True))
-    args = replace(args, **{name: value for name, value in lambdas.items() if getattr(args, name) is None})
-    limits = {
-        "total_timesteps learning_starts batch_size policy_frequency eval_interval checkpoint_interval": (1, math.inf),
-        "eval_episodes lambda_mpr lambda_vfc curv_delta exploration_noise policy_noise noise_clip": (0, math.inf),
-        "lambda_curv": LAMBDA_CURV_BOUNDS if args.autotune_curv else (0, math.inf), "gamma tau": (0, 1),
-        "policy_lr q_lr mpr_sigma": (1e-12, math.inf), "target_concavity": (0.001, 0.999), "seed": (0, 2**32 - 1),
-        "buffer_size": (args.batch_size, math.inf), "pave_batch_size": (1, args.batch_size),
-    }  # fmt: skip
-    for names, (low, high) in limits.items():
-        for name in names.split():
-            fits = (value := getattr(args, name)) is None or (low <= value <= high and math.isfinite(value))
-            require(fits, f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
+    """Return args with each lambda that is None looked up; UserError on a setting that makes no sense."""
+    lambdas = AUTOTUNE_LAMBDAS if args.autotune_curv else TUNED_LAMBDAS.get(env_name(args.env_id), UNTUNED_LAMBDAS)
+    for name, value in zip(LAMBDAS, lambdas, strict=True):
+        if getattr(args, name) is None:
+            args = replace(args, **{name: value})
+    if args.warm_start:
+        args = replace(args, learning_starts=0)  # the agent acts from the first step on
+    else:
+        require_range(args, 1, math.inf, "learning_starts")
+    require_range(args, 1, math.inf, "total_timesteps", "batch_size", "policy_frequency")
+    require_range(args, 1, math.inf, "eval_interval", "checkpoint_interval")
+    require_range(args, args.batch_size, math.inf, "buffer_size")
+    require_range(args, 1, args.batch_size, "pave_batch_size")
+    require_range(args, 0, 2**32 - 1, "seed")
+    require_range(args, 0, 1, "gamma", "tau")
+    require_range(args, 1e-12, math.inf, "policy_lr", "q_lr", "mpr_sigma")
+    require_range(args, 0, math.inf, "eval_episodes", "curv_delta", *LAMBDAS)
+    require_range(args, 0, math.inf, "exploration_noise", "policy_noise", "noise_clip")
+    require_range(args, 0.001, 0.999, "target_concavity")
+    if args.autotune_curv:
+        require_range(args, *LAMBDA_CURV_BOUNDS, "lambda_curv")
     return args
 
 
-def make_env(env_id: str) -> gym.Env:
-    """The env with actions in [-1, 1] and flat raw observations; UserError where a continuous policy can't act."""
+# ======== ENVIRONMENT: any env that fits, with actions in [-1, 1]. May be skipped.
+
+OLD_INTERFACE = (
+    "{} has the interface of the old Gym: Gymnasium's reset(seed=None, options=None) returns (observation, info), "
+    "its step(action) returns (observation, reward, terminated, truncated, info)"
+)
+
+
+class ContinuousEnv(gym.Wrapper):
+    """An env as the agent sees it: flat float32 observations, unscaled, and flat actions in [-1, 1].
+
+    The critic must see actions in that unit, for grad_a Q, and with it the lambdas, scale with the action's range.
+    A NaN or infinite observation or reward is a UserError: it never reaches the agent.
+
+    A wrapper inside may tell two things about itself by attributes. `sent_action`: the action that the robot really got
+    in the last step, in its own units, where the wrapper changes it (a filter): smoothness is measured on it.
+    `evaluation_id`: the --env-id of the env to evaluate in, where the training's has another reward (a penalty).
+    The lambdas are looked up by the name of the env itself: that of filter/Pendulum-v1 is Pendulum (see env_name).
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.low = np.float64(env.action_space.low).ravel()
+        self.high = np.float64(env.action_space.high).ravel()
+        self.observation_dim = gym.spaces.flatdim(env.observation_space)
+        self.action_space = gym.spaces.Box(-1, 1, self.low.shape)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.observation_dim,))
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        """From flat in [-1, 1] to the env's own units, type and shape."""
+        space = self.env.action_space
+        action = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
+        action = np.clip(action, self.low, self.high)  # rounding may have passed a limit
+        return action.astype(space.dtype).reshape(space.shape)
+
+    def finite(self, values, size: int) -> np.ndarray:
+        """The values as a new float32 array: some envs change one array in place."""
+        values = np.array(values, np.float32)
+        fits = values.size == size and np.isfinite(values).all()
+        require(fits, f"the env returned a NaN or infinite observation or reward, or not {size} in number")
+        return values
+
+    def observe(self, observation) -> np.ndarray:
+        return self.finite(gym.spaces.flatten(self.env.observation_space, observation), self.observation_dim)
+
+    def reset(self, *, seed=None, options=None):
+        try:
+            result = self.env.reset(seed=seed, options=options)
+        except TypeError as error:
+            require("reset() got an unexpected keyword" not in str(error), OLD_INTERFACE.format(self.env.spec.id))
+            raise
+        require(isinstance(result, tuple) and len(result) == 2, OLD_INTERFACE.format(self.env.spec.id))
+        observation, info = result
+        return self.observe(observation), info
+
+    def step(self, action: np.ndarray):
+        env_action = self.action(action)
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(env_action)
+        except ValueError as error:
+            require("expected 5, got 4" not in str(error), OLD_INTERFACE.format(self.env.spec.id))
+            raise
+        changed = self.env.has_wrapper_attr("sent_action")
+        self.sent_action = self.env.get_wrapper_attr("sent_action") if changed else env_action
+        return self.observe(observation), self.finite(reward, 1).item(), bool(terminated), bool(truncated), info
+
+
+def make_env(env_id: str) -> ContinuousEnv:
+    """The env, wrapped; UserError where a policy of this script can't act in it."""
     try:
         env = gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         raise UserError(f"cannot make --env-id {env_id}: {' '.join(str(error).split())}") from error
+    except TypeError as error:
+        require("must inherit from" not in str(error), OLD_INTERFACE.format(env_id))
+        raise
     actions, observations = env.action_space, env.observation_space
     usable = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f" and actions.is_bounded()
     require(usable, f"{env_id} has the action space {actions}; this script needs a float Box with finite bounds")
     usable = observations.is_np_flattenable and not re.search(r"\d+, \d+, \d+\), uint8", str(observations))
     require(usable, f"{env_id} observes {observations}; these networks need a vector: no images, no varying length")
-    low, high = (np.float64(bound).ravel() for bound in (actions.low, actions.high))
-
-    def env_action(action):
-        """From flat in [-1, 1] to the env's own; the lambdas hang on that unit, as grad_a Q scales with the range."""
-        action = np.clip(low + (np.float64(action) + 1) / 2 * (high - low), low, high)  # whatever rounding does
-        return action.astype(actions.dtype).reshape(actions.shape)
-
-    def finite(values, size):
-        values = np.array(values, np.float32)  # a copy: some envs change one array in place
-        fits = values.size == size and np.isfinite(values).all()
-        require(fits, f"the env returned a NaN or infinite observation or reward, or not {size} in number")
-        return values
-
+    wrapper = env
+    while isinstance(wrapper, gym.Wrapper):
+        running = hasattr(wrapper, "obs_rms")  # NormalizeObservation and its kind
+        cure = "scale by fixed constants, gymnasium.wrappers.TransformObservation, which the robot can have, too"
+        require(not running, f"{env_id} scales observations by running statistics, which actor.pt lacks: {cure}")
+        if hasattr(wrapper, "return_rms"):  # NormalizeReward
+            gym.logger.warn(f"{env_id} scales rewards by running statistics: evaluations have others than the training")
+        wrapper = wrapper.env
     if not env.spec.max_episode_steps:
         gym.logger.warn(f"{env_id} has no time limit, episodes end at 10,000 steps: register it with max_episode_steps")
         env = gym.wrappers.TimeLimit(env, 10_000)
-    size = gym.spaces.flatdim(observations)
-    env = gym.wrappers.TransformObservation(gym.wrappers.FlattenObservation(env), lambda o: finite(o, size), None)
-    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TransformReward(env, lambda r: finite(r, 1).item()))
-    return gym.wrappers.TransformAction(env, env_action, gym.spaces.Box(-1, 1, low.shape))
+    return ContinuousEnv(env)
+
+
+def make_evaluation_env(env_id: str, env: ContinuousEnv) -> ContinuousEnv:
+    """A second env for evaluations: the training's, or the one that it names (see ContinuousEnv)."""
+    return make_env(env.get_wrapper_attr("evaluation_id") if env.has_wrapper_attr("evaluation_id") else env_id)
+
+
+# ======== REPLAY: what a minibatch is. For the method, read Batch alone.
+
+
+class Batch(NamedTuple):
+    """A minibatch of B transitions, each drawn on its own, so that the first n of them are as fair a sample as all."""
+
+    observations: torch.Tensor  # s (B, d_s), raw
+    next_observations: torch.Tensor  # s' (B, d_s): never the next episode's start
+    actions: torch.Tensor  # a (B, d_a), in [-1, 1]
+    rewards: torch.Tensor  # r (B,)
+    terminations: torch.Tensor  # (B,): 1 where the episode truly ended, 0 also where a time limit cut it
 
 
 class ReplayBuffer:
@@ -154,12 +301,16 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device):
         self.widths = (observation_dim, observation_dim, action_dim, 1, 1)
-        size, sysconf = 4 * capacity * sum(self.widths), getattr(os, "sysconf", lambda _: math.inf)  # not on Windows
-        memory = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")  # Linux grants more, and kills the run later
-        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+        size = 4 * capacity * sum(self.widths)
+        memory = math.inf
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        elif hasattr(os, "sysconf"):  # not on Windows; Linux grants more than it has, and kills the run later
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         require(size < memory, f"no memory for a replay buffer of {size / 1e9:,.1f} GB: lower --buffer-size")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        self.position = self.size = 0
+        self.position = 0  # of the next row to write
+        self.size = 0
 
     def add(self, observation, next_observation, action, reward: float, terminated: bool) -> None:
         """Store s, s', a in [-1, 1], r. `terminated`: the episode truly ended; False where a time limit cut it."""
@@ -168,12 +319,13 @@ class ReplayBuffer:
         self.position = (self.position + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
-    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """B rows, each drawn on its own, so that the first n are as fair a sample (--pave-batch-size): s, s' (B, d_s),
-        s' never the next episode's start; a (B, d_a); rewards, terminations (B,)."""
+    def sample(self, batch_size: int) -> Batch:
         rows = self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)]
         observations, next_observations, actions, rewards, terminations = rows.split(self.widths, dim=1)
-        return observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1)
+        return Batch(observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1))
+
+
+# ======== THE METHOD, 1 of 3: the networks. Read from here down to THE MACHINERY.
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -203,6 +355,7 @@ class Actor(nn.Module):
         return torch.tanh(self.net(observations))
 
 
+# ======== THE METHOD, 2 of 3: the three losses of PAVE.
 # -------------------------------------------------------------------- PAVE: paste from here to the next dashed line
 
 from collections import namedtuple  # noqa: E402  here, so that the block needs only `import torch` above it
@@ -211,27 +364,35 @@ PaveLosses = namedtuple("PaveLosses", "mpr vfc curvature vhv gradient q_values")
 
 
 def action_gradient(q, observations, actions):
-    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). ValueError if `q` returns another shape."""
+    """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). ValueError if `q` returns another shape.
+
+    torch.func.grad(f) is the function that returns the derivative of f with respect to its first argument, here the
+    actions. The parameters of `q` are not among the arguments: the result stays differentiable in them, as is any
+    tensor that was computed from them. With has_aux=True f may return a second value, which is passed on as it is.
+    """
 
     def total(a):
         q_values = q(observations, a)
         if q_values.shape != a.shape[:1]:
             raise ValueError(f"q must be one critic and return ({len(a)},), not {tuple(q_values.shape)}: squeeze(-1)?")
-        return q_values.sum(), q_values  # rows are independent, so the sum's gradient is each row's own
+        # grad wants one number. Row i of Q depends on row i of the actions alone, so that the derivative of the sum
+        # by row i is row i's own gradient.
+        return q_values.sum(), q_values
 
     return torch.func.grad(total, has_aux=True)(actions)
 
 
 def hutchinson_trace(q, observations, actions, probe):
-    """Hutchinson's estimate of tr(d2Q/da2): v^T (d2Q/da2) v (B,), one probe v (B, d_a) a sample; no Hessian is formed.
+    """Hutchinson's estimate of tr(d2Q/da2): v^T H v (B,), H = d2Q/da2, one probe v (B, d_a) a sample.
 
-    Its mean over Rademacher probes is the trace. From the same pass: grad_a Q (B, d_a) and Q (B,). Differentiable in
-    the parameters of `q`, eager or compiled: torch.func.grad, unlike torch.autograd.grad, traces to plain operations.
+    H itself is never formed: H v = grad_a (grad_a Q . v), the gradient of a number. The mean of v^T H v over Rademacher
+    probes is the trace of H. From the same pass: grad_a Q (B, d_a) and Q (B,). All are differentiable in the parameters
+    of `q`, eager or compiled: torch.func.grad, unlike torch.autograd.grad, traces to plain operations.
     """
 
     def along_probe(a):
         gradient, q_values = action_gradient(q, observations, a)
-        return (gradient * probe).sum(), (gradient, q_values)
+        return (gradient * probe).sum(), (gradient, q_values)  # the sum over the batch again: rows are independent
 
     hessian_times_probe, (gradient, q_values) = torch.func.grad(along_probe, has_aux=True)(actions)
     return (hessian_times_probe * probe).sum(-1), gradient, q_values
@@ -250,11 +411,12 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         loss = td_weight * F.mse_loss(pave.q_values, target)  # target (B,); td_weight 1 in TD3, 1/2 in SAC
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
-    q: one critic, any callable (B, d_s), (B, d_a) -> (B,): smooth (SiLU, not ReLU), rows independent and repeatable (no
-        batch norm, no dropout); nn.GroupNorm(1, H), not nn.LayerNorm(H), whose Curv gradient is wrong (pytorch#175754)
+    q: one critic, any callable (B, d_s), (B, d_a) -> (B,). It must be smooth (SiLU, not ReLU), its rows independent and
+        repeatable (no batch norm, no dropout). To normalise a layer take nn.GroupNorm(1, H), which is the same function
+        as nn.LayerNorm(H): Curv's gradient is a third derivative, and torch's of LayerNorm is wrong (pytorch#175754)
     observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
     state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
-    Returns the scalars mpr, vfc, curvature; vhv (B,), v^T (d2Q/da2) v for one probe; gradient (B, d_a), grad_a Q(s, a);
+    Returns the scalars mpr, vfc, curvature; vhv (B,), v^T H v for one probe; gradient (B, d_a), grad_a Q(s, a);
     q_values (B,), Q(s, a), so that the TD loss needs no second pass. Gradients flow to the parameters of `q` through
     each. MPR and VFC are means over the action dimensions, too: a squared norm needs lambdas d_a times smaller.
     ValueError under autocast: MPR subtracts nearly equal gradients, and bf16 loses the difference (so does TF32).
@@ -263,14 +425,29 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
     vhv, gradient, q_values = hutchinson_trace(q, observations, actions, probe)
-    states = torch.cat([observations + state_noise, next_observations])
-    # the same a at every state: VFC is to see the field turn with s alone; Curv wants it to change with a
-    noisy_gradient, next_gradient = action_gradient(q, states, torch.cat([actions, actions]))[0].chunk(2)
-    mpr, vfc = (noisy_gradient - gradient).square().mean(), (next_gradient - gradient).square().mean()
-    return PaveLosses(mpr, vfc, torch.relu(vhv + delta).mean(), vhv, gradient, q_values)
+    # The same a at every state: MPR and VFC are to see the field turn with s alone; Curv wants it to change with a.
+    states = torch.cat([observations + state_noise, next_observations])  # (2 B, d_s), so that one pass does both
+    gradients, _ = action_gradient(q, states, torch.cat([actions, actions]))
+    noisy_gradient, next_gradient = gradients.chunk(2)
+    mpr = (noisy_gradient - gradient).square().mean()
+    vfc = (next_gradient - gradient).square().mean()
+    curvature = torch.relu(vhv + delta).mean()
+    return PaveLosses(mpr, vfc, curvature, vhv, gradient, q_values)
 
 
-# ----------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------------- PAVE: the block ends here
+# ======== THE METHOD, 3 of 3: TD3's losses with PAVE, the update.
+
+
+def backward(loss_function, parameters: list, *inputs) -> dict:
+    """Add the gradient of loss_function(*inputs) -> (loss, metrics) to the .grad of the parameters; return the metrics.
+
+    Only `parameters` get one: the actor's loss leaves nothing in the critics, through which it passes. With --compile
+    this function becomes one compiled piece, the loss in it (see CompiledOrEager).
+    """
+    loss, metrics = loss_function(*inputs)
+    loss.backward(inputs=parameters)
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 class Agent(nn.Module):
@@ -278,124 +455,159 @@ class Agent(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
-        args = self.args = validate(args)  # lambdas that are None would silently be no PAVE
-        self.device, self.graphs = device, {}  # see graphed_update
-        use_pave = args.autotune_curv or any(getattr(args, name) for name in LAMBDAS)
-        self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0  # rows of a minibatch for PAVE
+        args = self.args = validate(args)  # a lambda that is None would silently be no PAVE
+        self.device = device
         self.actor = Actor(observation_dim, action_dim)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critics = nn.ModuleList(QNetwork(observation_dim, action_dim) for _ in range(2))
+        self.critics = nn.ModuleList([QNetwork(observation_dim, action_dim), QNetwork(observation_dim, action_dim)])
         self.critic_targets = copy.deepcopy(self.critics).requires_grad_(False)
+
+        # PAVE uses the first rows of a minibatch, by default all of them; plain TD3 uses none.
+        use_pave = args.autotune_curv or args.lambda_mpr > 0 or args.lambda_vfc > 0 or args.lambda_curv > 0
+        self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0
+        # Tensors, so that a recorded CUDA graph sees a change; not in checkpoints, so that a run's flags decide.
+        for name in ("lambda_mpr", "lambda_vfc", "mpr_sigma", "curv_delta"):
+            self.register_buffer(name, torch.tensor(getattr(args, name)), persistent=False)
+        self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv), persistent=args.autotune_curv)
         if args.autotune_curv:
-            self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv))  # times gradient_scale: the weight
-            self.register_buffer("gradient_scale", torch.zeros(()))  # running mean of grad_a Q's RMS; 0: no Curv
+            self.curv_autotuner = CurvAutotuner(args.target_concavity, action_dim)
+            self.register_buffer("gradient_scale", torch.zeros(()))  # see CurvAutotuner
         self.to(device)
-        self.critic_parameters, self.actor_parameters = [*self.critics.parameters()], [*self.actor.parameters()]
-        self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, fused=True, capturable=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, fused=True, capturable=True)
+
+        self.critic_parameters = list(self.critics.parameters())
+        self.actor_parameters = list(self.actor.parameters())
+        adam = {"fused": True, "capturable": True}  # one kernel a step, which a CUDA graph can hold
+        self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, **adam)
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, **adam)
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
-        if args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # lets `backward`, the next method, compile in one piece
-            eager, compiled = self.backward, torch.compile(self.backward, fullgraph=True)
-
-            def compiled_or_eager(*arguments) -> dict:
-                try:
-                    return compiled(*arguments)
-                except Exception as error:  # no C++ compiler, or a Ctrl-C that killed it
-                    tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
-                    self.backward = eager
-                    self.zero_grad()  # the call that failed may have left gradients
-                    return eager(*arguments)
-
-            self.backward = compiled_or_eager
-
-    def backward(self, loss_function, parameters: list, *arguments) -> dict:
-        """loss.backward() for loss_function(*arguments) -> (loss, metrics); with --compile one compiled piece."""
-        loss, metrics = loss_function(*arguments)
-        loss.backward(inputs=parameters)  # the actor's loss leaves nothing in the critics, through which it passes
-        return {name: value.detach() for name, value in metrics.items()}
+        self.backward = CompiledOrEager(backward) if args.compile else backward
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
         """The policy's action (d_a,) with exploration noise, in [-1, 1]."""
         observations = torch.as_tensor(observation, dtype=torch.float32).to(self.device, non_blocking=True)[None]
         action = self.actor(observations)[0]
-        return (action + self.args.exploration_noise * torch.randn_like(action)).clamp(-1, 1).cpu().numpy()
+        noise = self.args.exploration_noise * torch.randn_like(action)
+        return (action + noise).clamp(-1, 1).cpu().numpy()
 
-    def update(self, batch: tuple, update_actor: bool) -> dict:
-        """One update from a minibatch (see ReplayBuffer.sample); returns what to log, still on the device."""
-        args, n, (observations, _, actions, _, _) = self.args, self.pave_rows, batch
-        target_noise = torch.randn_like(actions)  # drawn here, not in `backward`: eager and compiled draw the same
-        state_noise, probe = args.mpr_sigma * torch.randn_like(observations[:n]), rademacher_like(actions[:n])
+    def update(self, batch: Batch, update_actor: bool) -> dict:
+        """One update from a minibatch; returns what to log, still on the device."""
+        batch = Batch(*batch)  # a plain tuple will do
+        n = self.pave_rows
+        # Noise is drawn here, not in the losses, so that compiled and eager updates draw the same.
+        target_noise = torch.randn_like(batch.actions)
+        state_noise = self.mpr_sigma * torch.randn_like(batch.observations[:n])
+        probe = rademacher_like(batch.actions[:n])
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
-        self.q_optimizer.zero_grad()
-        if args.autotune_curv:  # dual ascent: lambda_curv grows while fewer v^T H v than aimed at are below -delta
-            shortfall = args.target_concavity - metrics["geometry/margin_fraction"]
-            self.lambda_curv.mul_((0.006 * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)  # by up to 0.6 %
-            self.gradient_scale.lerp_(metrics["geometry/action_gradient"], 0.005)  # grad_a Q's RMS, 200 updates' mean
+        self.q_optimizer.zero_grad()  # after the step: gradients left from one loss would make the other compile again
+        if self.args.autotune_curv:
+            self.curv_autotuner.step(self.lambda_curv, self.gradient_scale, metrics)
         if update_actor:
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch)
             self.actor_optimizer.step()
             self.actor_optimizer.zero_grad()
-            targets = [*self.critic_targets.parameters(), *self.actor_target.parameters()]
             with torch.no_grad():  # Polyak averaging
-                torch._foreach_lerp_(targets, self.critic_parameters + self.actor_parameters, args.tau)
+                torch._foreach_lerp_(list(self.critic_targets.parameters()), self.critic_parameters, self.args.tau)
+                torch._foreach_lerp_(list(self.actor_target.parameters()), self.actor_parameters, self.args.tau)
         return metrics
+
+    def critic_loss(self, batch: Batch, target_noise, state_noise, probe):
+        """The sum of both critics' losses; and what to log, the mean of the two."""
+        target = self.td_target(batch, target_noise)
+        first, second = self.critics
+        first_loss, first_metrics = self.one_critic_loss(first, batch, target, state_noise, probe)
+        second_loss, second_metrics = self.one_critic_loss(second, batch, target, state_noise, probe)
+        metrics = {name: (first_metrics[name] + second_metrics[name]) / 2 for name in first_metrics}
+        return first_loss + second_loss, metrics
 
     @torch.no_grad()
-    def td_target(self, next_observations, rewards, terminations, noise):
+    def td_target(self, batch: Batch, noise):
         """r + gamma min Q'(s', clip(pi'(s') + clipped noise)); only a termination cuts the future. (B,)"""
         noise = (self.args.policy_noise * noise).clamp(-self.args.noise_clip, self.args.noise_clip)
-        next_actions = (self.actor_target(next_observations) + noise).clamp(-1, 1)
-        next_q = torch.minimum(*(critic(next_observations, next_actions) for critic in self.critic_targets))
-        return rewards + (1 - terminations) * self.args.gamma * next_q
+        next_actions = (self.actor_target(batch.next_observations) + noise).clamp(-1, 1)
+        first, second = self.critic_targets
+        first_q = first(batch.next_observations, next_actions)
+        second_q = second(batch.next_observations, next_actions)
+        return batch.rewards + (1 - batch.terminations) * self.args.gamma * torch.minimum(first_q, second_q)
 
-    def critic_loss(self, batch: tuple, target_noise, state_noise, probe):
-        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv, summed over the twins; and what to log."""
-        observations, next_observations, actions, rewards, terminations = batch
-        target_q = self.td_target(next_observations, rewards, terminations, target_noise)
-        args, n, pave_loss, metrics = self.args, self.pave_rows, 0.0, {}
-        # PAVE takes the rows [:n], by default all of them, and has Q there from its own passes; plain TD3 has n = 0
-        q_values = torch.stack([critic(observations[n:], actions[n:]) for critic in self.critics])
-        if n:
-            curv_weight, delta = args.lambda_curv, args.curv_delta
-            if args.autotune_curv:  # paraboloid: v^T H v = -mu d_a, RMS grad_a Q = mu RMS distance; delta 1: it is < 2
-                curv_weight = self.lambda_curv * self.gradient_scale
-                delta = actions.shape[1] / 2 * delta * self.gradient_scale
-            rows = observations[:n], actions[:n], next_observations[:n]
-            twins = [pave_losses(critic, *rows, state_noise, probe, delta) for critic in self.critics]
-            pave = PaveLosses(*map(torch.stack, zip(*twins, strict=True)))  # twins first: mpr (2,), vhv (2, n)
-            q_values = torch.cat([pave.q_values, q_values], dim=1)  # rows [:n] first, as in target_q
-            pave_loss = args.lambda_mpr * pave.mpr + args.lambda_vfc * pave.vfc + curv_weight * pave.curvature
-            metrics = {"losses/mpr": pave.mpr, "losses/vfc": pave.vfc, "losses/curvature": pave.curvature}
-            metrics |= {"geometry/vhv": pave.vhv, "geometry/concave_fraction": (pave.vhv < 0).float()}
-            if args.autotune_curv:
-                metrics |= {"losses/lambda_curv": curv_weight, "geometry/margin_fraction": (pave.vhv < -delta).float()}
-                metrics["geometry/action_gradient"] = pave.gradient.square().mean(dim=(1, 2)).sqrt()
-        td = (q_values - target_q).square().mean(dim=1)  # SAC's paper halves it, TD3's not: tuned lambdas hang on it
-        metrics |= {"losses/qf_loss": td, "losses/q_values": q_values}
-        return (td + pave_loss).sum(), {name: value.mean() for name, value in metrics.items()}
+    def one_critic_loss(self, critic: QNetwork, batch: Batch, target, state_noise, probe):
+        """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv of one critic; and what to log."""
+        observations, next_observations, actions, _, _ = batch
+        n = self.pave_rows
+        pave_loss, metrics = 0.0, {}
+        q_values = critic(observations[n:], actions[n:])  # of the rows that PAVE does not use: by default none
+        if n > 0:
+            lambda_curv, delta = self.lambda_curv, self.curv_delta
+            if self.args.autotune_curv:
+                lambda_curv, delta = self.curv_autotuner.scaled(lambda_curv, delta, self.gradient_scale)
+                metrics["losses/lambda_curv"] = lambda_curv
+            pave = pave_losses(critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, delta)
+            pave_loss = self.lambda_mpr * pave.mpr + self.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
+            q_values = torch.cat([pave.q_values, q_values])  # PAVE's own pass has Q of its rows
+            metrics["losses/mpr"] = pave.mpr
+            metrics["losses/vfc"] = pave.vfc
+            metrics["losses/curvature"] = pave.curvature
+            metrics["geometry/vhv"] = pave.vhv.mean()
+            metrics["geometry/concave_fraction"] = (pave.vhv < 0).float().mean()
+            metrics["geometry/margin_fraction"] = (pave.vhv < -delta).float().mean()
+            metrics["geometry/action_gradient"] = pave.gradient.square().mean().sqrt()
+        td_loss = F.mse_loss(q_values, target)
+        metrics["losses/qf_loss"] = td_loss
+        metrics["losses/q_values"] = q_values.mean()
+        return td_loss + pave_loss, metrics  # SAC's paper halves TD, TD3's does not
 
-    def actor_loss(self, batch: tuple):
+    def actor_loss(self, batch: Batch):
         """Plain TD3: mean of -Q1(s, pi(s)); and what to log."""
-        loss = -self.critics[0](batch[0], self.actor(batch[0])).mean()
+        first, _ = self.critics
+        loss = -first(batch.observations, self.actor(batch.observations)).mean()
         return loss, {"losses/actor_loss": loss}
 
-    def graphed_update(self, batch: tuple, update_actor: bool) -> dict:
-        """`update` as CUDA graphs, one per value of update_actor: one launch, not hundreds. The first call is a real
-        update, which compiles and allocates; a second is recorded and replayed from then on. Python's numbers (learning
-        rates, lambdas) stay as recorded, tensors and noise move on; the next replay overwrites the metrics."""
-        if update_actor not in self.graphs:
-            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-            metrics = self.update(inputs, update_actor)
-            with torch.cuda.graph(graph):  # records, computes nothing
-                self.graphs[update_actor] = graph, inputs, self.update(inputs, update_actor)
-            return metrics
-        graph, inputs, metrics = self.graphs[update_actor]
-        torch._foreach_copy_(inputs, batch)
-        graph.replay()
-        return metrics
+
+class CurvAutotuner:
+    """--autotune-curv (ours, not the paper's; off by default): finds lambda_curv, whatever the scale of the rewards.
+
+    What it aims at: a share of the samples, target_concavity, with v^T H v below -margin. lambda_curv rises while fewer
+    are, and falls while more are (dual ascent, as SAC tunes alpha).
+
+    Units. Multiply the rewards by c: Q, v^T H v and grad_a Q grow c-fold; TD, MPR and VFC c^2-fold, Curv only c-fold.
+    So both the weight of Curv and its margin are taken in units of the gradient: g, a running mean of the RMS of
+    grad_a Q over samples and action dimensions (`gradient_scale`; 0 at the start, so that Curv fades in).
+
+        weight = lambda_curv g        margin = delta g d_a / 2
+
+    Why d_a / 2. Let Q be a paraboloid with its maximum at a* and the same curvature mu in every action dimension,
+    Q = -mu/2 |a - a*|^2.
+        1. H = -mu I, and v_i^2 = 1, so that v^T H v = -mu d_a for every probe.
+        2. grad_a Q = -mu (a - a*), so that g = mu r, where r is the RMS of the distances a_i - a*_i.
+        3. v^T H v < -margin  says  mu d_a > delta mu r d_a / 2,  which is  r < 2 / delta.
+    Actions and a maximum inside [-1, 1] are at most 2 apart. So with delta = 1 every such paraboloid meets the margin,
+    however flat. What does not is a Q whose gradient is too large for its curvature: a slope that goes on beyond the
+    action's limits, where there is no maximum to be sharp.
+    """
+
+    RATE = 0.006  # of the logarithm of lambda_curv, an update
+    AVERAGING = 0.005  # g is the mean of some 200 updates
+
+    def __init__(self, target_concavity: float, action_dim: int):
+        self.target_concavity, self.action_dim = target_concavity, action_dim
+
+    def scaled(self, lambda_curv, delta, gradient_scale):
+        """The weight and the margin of Curv, as above."""
+        weight = lambda_curv * gradient_scale
+        margin = self.action_dim / 2 * delta * gradient_scale
+        return weight, margin
+
+    def step(self, lambda_curv, gradient_scale, metrics: dict) -> None:
+        """Move the agent's two tensors, in place, by what the critics' last loss measured."""
+        shortfall = self.target_concavity - metrics["geometry/margin_fraction"]
+        lambda_curv.mul_((self.RATE * shortfall).exp()).clamp_(*LAMBDA_CURV_BOUNDS)
+        gradient_scale.lerp_(metrics["geometry/action_gradient"], self.AVERAGING)
+
+
+# ======== THE MACHINERY, from here to the end: a reader of the method may stop. Evaluation first.
+
+EVALUATION_SEED = 10_000  # of an evaluation's first episode; training's seeds are above 2^20
 
 
 def smoothness(actions, fs=1.0):
@@ -407,40 +619,165 @@ def smoothness(actions, fs=1.0):
     return float((2 / (steps * fs) * frequencies @ spectrum).mean())
 
 
+def seed_episode(env: gym.Env, seed: int) -> np.ndarray:
+    """Reset the env to the start that belongs to a seed, also if it draws from Python's or numpy's global generator."""
+    random.seed(seed)
+    np.random.seed(seed)
+    observation, _ = env.reset(seed=seed)
+    return observation
+
+
+@contextlib.contextmanager
+def separate_random_streams():
+    """What is drawn inside from the global generators of Python, numpy and torch (on the CPU) is not drawn outside."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
 @torch.no_grad()
+@separate_random_streams()
 def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
-    """Return, sm, oscillation (mean |a_t+1 - a_t|, like sm in env action units), length: no noise, the same starts."""
-    device, results = next(actor.parameters()).device, []
+    """Episodes of the deterministic policy, always from the same starts: means of return, sm, oscillation and length.
+
+    oscillation: mean |a_t+1 - a_t| over steps and action dimensions. It and sm are in the env's action units, of the
+    actions that the robot really got.
+    """
+    device = next(actor.parameters()).device
+    returns, smoothnesses, oscillations, lengths = [], [], [], []
     for episode in range(episodes):
-        np.random.seed(10_000 + episode)  # see train
-        observation, _ = env.reset(seed=10_000 + episode)
-        rewards, env_actions, terminated, truncated = [], [], False, False
-        while not (terminated or truncated):
+        observation = seed_episode(env, EVALUATION_SEED + episode)
+        rewards, sent_actions, over = [], [], False
+        while not over:
             action = actor(torch.as_tensor(observation, device=device)[None])[0].cpu().numpy()
             observation, reward, terminated, truncated, _ = env.step(action)
+            over = terminated or truncated
             rewards.append(reward)
-            env_actions.append(env.action(action).ravel())
-        oscillation = np.abs(np.diff(env_actions, axis=0)).mean() if len(rewards) > 1 else 0.0
-        results.append((sum(rewards), smoothness(np.array(env_actions)), oscillation, len(rewards)))
-    names = ("return_mean", "smoothness_mean", "oscillation", "length_mean", "return_std", "smoothness_std")
-    return dict(zip(names, [*np.mean(results, axis=0), *np.std(results, axis=0)], strict=False))
+            sent_actions.append(np.ravel(env.get_wrapper_attr("sent_action")))
+        returns.append(sum(rewards))
+        smoothnesses.append(smoothness(np.array(sent_actions)))
+        oscillations.append(np.abs(np.diff(sent_actions, axis=0)).mean() if len(rewards) > 1 else 0.0)
+        lengths.append(len(rewards))
+    return {
+        "return_mean": float(np.mean(returns)),
+        "smoothness_mean": float(np.mean(smoothnesses)),
+        "oscillation": float(np.mean(oscillations)),
+        "length_mean": float(np.mean(lengths)),
+        "return_std": float(np.std(returns)),
+        "smoothness_std": float(np.std(smoothnesses)),
+    }
 
 
-def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env) -> None:
+# ======== SPEED: the update compiled, and on CUDA recorded as a graph; neither changes what it computes.
+
+
+class CompiledOrEager:
+    """The function `backward`, compiled by torch in one piece; where that fails, a warning and eager code from then on.
+
+    It can fail at once (a torch without the private switch below), at the first call (no C++ compiler) or later (a
+    Ctrl-C that also reaches the compiler).
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.compiled = None
+        try:
+            torch._dynamo.config.trace_autograd_ops = True  # lets loss.backward() be compiled together with the loss
+            self.compiled = torch.compile(function, fullgraph=True)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        tqdm.write(f"warning: going on without torch.compile, it fails here ({error!r:.200})", sys.stderr)
+        self.compiled = None
+
+    def __call__(self, loss_function, parameters: list, *inputs) -> dict:
+        if self.compiled:
+            try:
+                return self.compiled(loss_function, parameters, *inputs)
+            except Exception as error:
+                self.give_up(error)
+                for parameter in parameters:
+                    parameter.grad = None  # the call that failed may have left a part of it
+        return self.function(loss_function, parameters, *inputs)
+
+
+class CudaGraphUpdate:
+    """`Agent.update` as CUDA graphs, one for each value of update_actor: a replay is one launch instead of hundreds.
+
+    The first call is a real update, which compiles and allocates; a second is recorded, and replayed from then on.
+    Python's numbers (learning rates, gamma, tau) stay as recorded; tensors (the lambdas, sigma, delta) and noise move
+    on. The metrics that a replay returns are overwritten by the next.
+    """
+
+    def __init__(self, update):
+        self.update = update
+        self.recorded = {}
+
+    def __call__(self, batch: Batch, update_actor: bool) -> dict:
+        if update_actor not in self.recorded:
+            inputs = Batch(*[tensor.clone() for tensor in batch])
+            metrics = self.update(inputs, update_actor)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, computes nothing
+                recorded_metrics = self.update(inputs, update_actor)
+            self.recorded[update_actor] = graph, inputs, recorded_metrics
+            return metrics
+        graph, inputs, metrics = self.recorded[update_actor]
+        torch._foreach_copy_(list(inputs), list(batch))
+        graph.replay()
+        return metrics
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """Choose the device and make its results repeatable."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.autograd.set_multithreading_enabled(False)  # else a GPU's gradients are summed in an order that varies
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the still empty buffer
+    torch.manual_seed(args.seed)
+    return device
+
+
+# ======== CHECKPOINTS: what a run saves, and how another or the same goes on.
+
+DIVERGED = "training diverged, lower --q-lr or the lambdas; the last checkpoint is untouched"
+
+
+def save_checkpoint(run_dir: Path, step: int, agent: Agent, buffer: ReplayBuffer, env: gym.Env, origin=None) -> None:
     """Write actor.pt (for a robot) and checkpoint.pt: networks, targets, optimizers, replay, and torch's generators,
-    which also seed the episodes: all that a run needs to go on bit-identically from an episode's end."""
+    which also seed the episodes: all that a run needs to go on bit-identically from an episode's end.
+
+    origin: where a warm-started run began (see origin_of), None for a run from scratch. UserError, and the old files
+    stay, where a weight is not finite or the disk is full.
+    """
     optimizers = {name: optimizer.state_dict()["state"] for name, optimizer in agent.optimizers.items()}
-    moments = [value for states in optimizers.values() for state in states.values() for value in state.values()]
-    require(all(t.isfinite().all() for t in [*agent.parameters(), *moments]), f"step {step:,}: {DIVERGED} (NaN weight)")
-    about = {"script": SCRIPT, "args": asdict(agent.args), "step": step}
-    low, high = (torch.as_tensor(env.action(sign * np.ones(env.action_space.shape))).flatten() for sign in (-1, 1))
-    state = {
-        "agent": agent.state_dict(), "optimizers": optimizers, "buffer_position": buffer.position,
+    tensors = list(agent.parameters())
+    for states in optimizers.values():
+        for state in states.values():
+            tensors += state.values()
+    require(all(t.isfinite().all() for t in tensors), f"step {step:,}: {DIVERGED} (NaN weight)")
+    about = {"script": SCRIPT, "args": asdict(agent.args), "step": step, "origin": origin}
+    ones = np.ones(env.action_space.shape)
+    actor = {
+        "actor": agent.actor.state_dict(),
+        "action_low": torch.as_tensor(env.action(-ones)).flatten(),
+        "action_high": torch.as_tensor(env.action(ones)).flatten(),
+    }
+    checkpoint = {
+        "agent": agent.state_dict(),
+        "optimizers": optimizers,
         "buffer_rows": buffer.rows[: buffer.size].to("cpu", copy=True),  # a view would save the whole ring
-        "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if buffer.rows.is_cuda else [],
-    }  # fmt: skip
-    robot = {"actor": agent.actor.state_dict(), "action_low": low, "action_high": high}  # the bounds flat, as actions
-    for name, content in {"actor.pt": about | robot, "checkpoint.pt": about | state}.items():
+        "buffer_position": buffer.position,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if buffer.rows.is_cuda else [],
+    }
+    for name, content in {"actor.pt": about | actor, "checkpoint.pt": about | checkpoint}.items():
         partial = run_dir / f"{name}.partial"
         try:
             torch.save(content, partial)
@@ -455,127 +792,264 @@ def load_checkpoint(path: str, settings=Args) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(checkpoint["script"] == SCRIPT and "buffer_rows" in checkpoint, "another script's, or no checkpoint")
-        return checkpoint | {"args": settings(**checkpoint["args"])}
+        return {"origin": None} | checkpoint | {"args": settings(**checkpoint["args"])}
     except Exception as error:
-        raise UserError(f"--resume cannot use {path} ({error!r:.200}): give a checkpoint.pt of {SCRIPT}.py") from error
+        raise UserError(f"cannot go on from {path} ({error!r:.200}): give a checkpoint.pt of {SCRIPT}.py") from error
 
 
-def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer) -> int:
-    """Put everything that a checkpoint holds back in place and return its step; UserError if it doesn't fit."""
-    args, saved, rows, step = agent.args, checkpoint["args"], checkpoint["buffer_rows"], checkpoint["step"]
-    require(saved.env_id == args.env_id, f"--resume is a run on {saved.env_id}, --env-id is {args.env_id}")
-    require(step < args.total_timesteps, f"--resume is at step {step:,} already: raise --total-timesteps to go on")
-    require(len(rows) <= args.buffer_size, f"--resume holds {len(rows):,} transitions: raise --buffer-size")
-    shapes, own = ({k: v.shape for k, v in state.items()} for state in (checkpoint["agent"], agent.state_dict()))
-    require(shapes == own, "--resume does not fit this env, or an --autotune flag differs from the run's")
-    agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # only its state: a flag may have changed the learning rate
+def origin_of(checkpoint: dict, path: str) -> dict:
+    """What a warm-started run tells of its source: the run, its step, its settings, and where that one began."""
+    source = {"run": Path(path).resolve().parent.name, "step": checkpoint["step"]}
+    return source | {"args": asdict(checkpoint["args"]), "origin": checkpoint["origin"]}
+
+
+def check_resume(args: Args, checkpoint: dict) -> None:
+    """UserError where --resume would make another training of a run, or write to one that is finished."""
+    new_run = f"--warm-start {args.resume} begins a new run from it"
+    saved, step = checkpoint["args"], checkpoint["step"]
+    finished = (Path(args.resume).parent / "summary.json").exists()
+    require(not finished, f"--resume: the run is finished, at step {step:,}, and stays as it is; {new_run}")
+    for name, value in asdict(saved).items():
+        same = name in FREE_SETTINGS or name == "total_timesteps" or getattr(args, name) == value
+        flag = f"--{name.replace('_', '-')}"
+        require(same, f"--resume goes on with the same training, whose {flag} is {value}; {new_run}, with your {flag}")
+    enough = step <= args.total_timesteps
+    require(enough, f"--resume: the run is at step {step:,} already, --total-timesteps is {args.total_timesteps:,}")
+
+
+def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer) -> None:
+    """Put networks, targets, optimizers and replay back in place; UserError if they don't fit."""
+    rows, own = checkpoint["buffer_rows"], agent.state_dict()
+    require(len(rows) <= len(buffer.rows), f"the checkpoint holds {len(rows):,} transitions: raise --buffer-size")
+    weights = dict(checkpoint["agent"])
+    for name in ("lambda_curv", "gradient_scale"):  # of --autotune-curv, which a warm start may switch on or off
+        if name in own:
+            weights.setdefault(name, own[name])
+        else:
+            weights.pop(name, None)
+    saved_shapes = {name: tensor.shape for name, tensor in weights.items()}
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    fits = saved_shapes == shapes and rows.shape[1] == buffer.rows.shape[1]
+    require(fits, "the checkpoint does not fit: its env has other sizes, or its --autotune differs")
+    agent.load_state_dict(weights)
+    for name, optimizer in agent.optimizers.items():  # its moments, not its learning rate
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]})
-    buffer.rows[: len(rows)] = rows
-    if args.autotune_curv and args.lambda_curv != saved.lambda_curv:
-        agent.lambda_curv.fill_(args.lambda_curv)  # a new --lambda-curv is a new start
     buffer.size = len(rows)
-    buffer.position = checkpoint["buffer_position"] % len(rows) if len(rows) == args.buffer_size else len(rows)
+    buffer.position = checkpoint["buffer_position"]
+    if len(rows) < len(buffer.rows):  # a full ring in a larger one: the oldest row first, so that it is the first to go
+        rows = rows.roll(-buffer.position, 0)
+        buffer.position = len(rows)
+    buffer.position %= len(buffer.rows)
+    buffer.rows[: len(rows)] = rows
+
+
+def restore_random_streams(checkpoint: dict) -> None:
     torch.set_rng_state(checkpoint["torch_rng"])
     torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
-    return step
+
+
+# ======== TRAINING: the loop and what surrounds it.
+
+LOG_INTERVAL = 200  # steps between two readings of the losses: on a GPU each reading waits for the update
+
+
+def open_run_folder(args: Args):
+    """Make or open the run's folder and keep other processes out of it; returns it and the lock, to be closed."""
+    if args.resume:
+        run_dir = Path(args.resume).parent
+    else:
+        env = re.sub(r"[^A-Za-z0-9_.-]", "-", args.env_id)
+        run_dir = Path(args.output_dir) / f"{env}__{SCRIPT}__{args.seed}__{time.time_ns() // 1_000_000}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        lock = open(run_dir / ".lock", "w")  # noqa: SIM115  held until the run ends, also if it is killed
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir} ({error}): choose another --output-dir or copy the run") from error
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(f"another process is training {run_dir}: stop it first, or --warm-start a new run") from error
+    return run_dir, lock
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM are noted, for the loop to stop after its step; a second one of a kind stops at once."""
+
+    def __enter__(self):
+        self.received = []
+        self.handlers = {signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self.received
+
+    def note(self, signum, _frame) -> None:
+        self.received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    def __exit__(self, *_exception) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def saving_if_it_fails(save):
+    """Where the env raises (a simulator became unstable, say), save() first; its error then goes on to its author."""
+    try:
+        yield
+    except Exception:
+        save()
+        raise
+
+
+def read_metrics(metrics: dict, step: int) -> dict[str, float]:
+    """The update's metrics as numbers, in one transfer; UserError where one is not finite."""
+    values = torch.stack(list(metrics.values())).tolist()
+    scalars = dict(zip(metrics, values, strict=True))
+    require(all(map(math.isfinite, values)), f"step {step:,}: {DIVERGED} ({scalars})")
+    return scalars
 
 
 def train(args: Args, make_agent=Agent) -> Path:
     """Train and return the run's folder. Raises UserError; SystemExit(128 + signal) once Ctrl-C or SIGTERM is saved."""
+    lambda_curv_given = args.lambda_curv is not None
     args = validate(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.autograd.set_multithreading_enabled(False)  # else a GPU's gradients are summed in an order that varies
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the still empty buffer
-    torch.manual_seed(args.seed)
-    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    checkpoint = None
+    if args.resume or args.warm_start:
+        checkpoint = load_checkpoint(args.resume or args.warm_start, type(args))
+    if args.resume:
+        check_resume(args, checkpoint)
+    device = set_up_torch(args)
+    env = make_env(args.env_id)
+    eval_env = make_evaluation_env(args.env_id, env) if args.eval_episodes else None
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     agent = make_agent(observation_dim, action_dim, args, device)
-    update = agent.graphed_update if args.cudagraphs and device.type == "cuda" else agent.update
     buffer = ReplayBuffer(args.buffer_size, observation_dim, action_dim, device)
-    start = restore(load_checkpoint(args.resume, type(args)), agent, buffer) if args.resume else 0
-    name = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = Path(args.resume).parent if args.resume else Path(args.output_dir) / name
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir} ({error}): choose another --output-dir or copy the run") from error
+
+    start, origin = 0, None
+    if args.resume:
+        restore(checkpoint, agent, buffer)
+        restore_random_streams(checkpoint)
+        start, origin = checkpoint["step"], checkpoint["origin"]
+    elif args.warm_start:
+        restore(checkpoint, agent, buffer)
+        origin = origin_of(checkpoint, args.warm_start)
+        if args.autotune_curv and lambda_curv_given:
+            agent.lambda_curv.fill_(args.lambda_curv)  # a new start; else it goes on from the source's, if that has one
+        weights = ", ".join(f"{name} {getattr(args, name):g}" for name in LAMBDAS)
+        tqdm.write(f"a new run from step {origin['step']:,} of {origin['run']}, with {weights}")
+    elif args.learning_starts >= args.total_timesteps:
+        numbers = f"--learning-starts {args.learning_starts:,} is not below --total-timesteps {args.total_timesteps:,}"
+        tqdm.write(f"warning: {numbers}: all actions will be random, the policy will not be trained", sys.stderr)
+
+    run_dir, lock = open_run_folder(args)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)  # a resumed run goes on in its own curves
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
+    update = CudaGraphUpdate(agent.update) if args.cudagraphs and device.type == "cuda" else agent.update
     if args.compile:
         tqdm.write("the first updates wait for torch.compile, up to a minute (--no-compile: no wait, slower updates)")
-    stop_signals = []  # a second one of a kind stops at once
-
-    def request_stop(signum, _frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.total_timesteps, initial=start, unit="step", file=sys.stdout, disable=None)
-    metrics, evaluation, over, saved_at, began = {}, {}, True, start, time.time()
+    completed = saved_at = start  # steps whose transition is in the buffer; and in a checkpoint
+    steps_per_second, began = 0.0, time.time()
+    metrics, evaluation, over = {}, {}, True
+
+    def save() -> None:
+        nonlocal saved_at
+        save_checkpoint(run_dir, completed, agent, buffer, env, origin)
+        saved_at = completed
+
+    def save_after_failure() -> None:
+        if completed == start:
+            return  # nothing was learnt yet
+        try:
+            save()
+            how = f"go on with --resume {run_dir / 'checkpoint.pt'}"
+            tqdm.write(f"the env failed after step {completed:,}; what was learnt is saved, {how}", sys.stderr)
+        except UserError as error:
+            tqdm.write(f"the env failed after step {completed:,}; not saved: {error}", sys.stderr)
+
     try:
-        for step in range(start + 1, args.total_timesteps + 1):
-            if over:
-                seed = int(torch.randint(2**20, 2**31, ()))  # above all of evaluate's
-                np.random.seed(seed)  # for an env that draws from numpy's global generator
-                observation, _ = env.reset(seed=seed)
-            if step <= args.learning_starts:
-                action = 2 * torch.rand(action_dim).numpy() - 1
-            else:
-                action = agent.explore(observation)
-                require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
-                metrics |= update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
-            next_observation, reward, terminated, truncated, info = env.step(action)  # while a GPU is at the update
-            buffer.add(observation, next_observation, action, reward, terminated)
-            observation, over = next_observation, terminated or truncated
-            scalars, steps_per_second = {}, (step - start) / (time.time() - began)
-            if metrics and step % LOG_INTERVAL == 0:
-                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                require(all(map(math.isfinite, scalars.values())), f"step {step:,}: {DIVERGED} ({scalars})")
-                scalars["charts/SPS"] = steps_per_second
-            if args.eval_episodes and (step % args.eval_interval == 0 or step == args.total_timesteps):
-                evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
-                scalars |= {f"eval/{k.removesuffix('_mean')}": v for k, v in evaluation.items() if "std" not in k}
-                line = "step {:,}: eval return {return_mean:.1f}, sm {smoothness_mean:.3f}, {:.0f} steps/s"
-                tqdm.write(line.format(step, steps_per_second, **evaluation))
-                sys.stdout.flush()
-            bar.update()
-            if over:
-                scalars |= {f"charts/episodic_{name}": info["episode"][name[0]] for name in ("return", "length")}
-                bar.set_postfix_str(f"episode return {info['episode']['r']:.1f}", refresh=False)
-            for tag, scalar in scalars.items():
-                writer.add_scalar(tag, scalar, step)
-            if over and step // args.checkpoint_interval > saved_at // args.checkpoint_interval:
-                save_checkpoint(run_dir, step, agent, buffer, env)
-                saved_at = step
-            if stop_signals:
-                break
-        save_checkpoint(run_dir, step, agent, buffer, env)
-        if step < args.total_timesteps:
-            tqdm.write(f"stopped at step {step:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
-            raise SystemExit(128 + stop_signals[0])
-        summary = asdict(args) | {"algorithm": SCRIPT, "steps": step, "steps_per_second": steps_per_second} | evaluation
+        with StopSignals() as stop_signals:
+            for step in range(start + 1, args.total_timesteps + 1):
+                if over:
+                    seed = int(torch.randint(2**20, 2**31, ()))  # above all of evaluate's
+                    with saving_if_it_fails(save_after_failure):
+                        observation = seed_episode(env, seed)
+                    episode_return, episode_length = 0.0, 0
+                if step <= args.learning_starts:
+                    action = 2 * torch.rand(action_dim).numpy() - 1
+                else:
+                    action = agent.explore(observation)
+                    require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
+                    metrics |= update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
+                with saving_if_it_fails(save_after_failure):  # the env's step, while a GPU is at the update
+                    next_observation, reward, terminated, truncated, _ = env.step(action)
+                buffer.add(observation, next_observation, action, reward, terminated)
+                observation, over, completed = next_observation, terminated or truncated, step
+                episode_return += reward
+                episode_length += 1
+
+                scalars, steps_per_second = {}, (step - start) / (time.time() - began)
+                if metrics and step % LOG_INTERVAL == 0:
+                    scalars = read_metrics(metrics, step)
+                    scalars["charts/SPS"] = steps_per_second
+                if eval_env and (step % args.eval_interval == 0 or step == args.total_timesteps):
+                    with saving_if_it_fails(save_after_failure):
+                        evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
+                    scalars["eval/return"] = evaluation["return_mean"]
+                    scalars["eval/smoothness"] = evaluation["smoothness_mean"]
+                    scalars["eval/oscillation"] = evaluation["oscillation"]
+                    scalars["eval/length"] = evaluation["length_mean"]
+                    line = "step {:,}: eval return {return_mean:.1f}, sm {smoothness_mean:.3f}, "
+                    line += "oscillation {oscillation:.4f}, {:.0f} steps/s"
+                    tqdm.write(line.format(step, steps_per_second, **evaluation))
+                    sys.stdout.flush()
+                bar.update()
+                if over:
+                    scalars["charts/episodic_return"] = episode_return
+                    scalars["charts/episodic_length"] = episode_length
+                    bar.set_postfix_str(f"episode return {episode_return:.1f}", refresh=False)
+                for tag, scalar in scalars.items():
+                    writer.add_scalar(tag, scalar, step)
+                if over and step // args.checkpoint_interval > saved_at // args.checkpoint_interval:
+                    save()
+                if stop_signals:
+                    break
+            if completed > saved_at:
+                save()
+            if completed < args.total_timesteps:
+                tqdm.write(f"stopped at step {completed:,}; go on with --resume {run_dir / 'checkpoint.pt'}")
+                raise SystemExit(128 + stop_signals[0])
+        if eval_env and not evaluation:  # a run that was killed between its last step and its summary
+            evaluation = evaluate(agent.actor, eval_env, args.eval_episodes)
+        summary = asdict(args) | {"algorithm": SCRIPT, "steps": completed, "origin": origin}
+        summary |= {"steps_per_second": steps_per_second} | evaluation
         if args.autotune_curv:
-            summary["lambda_curv"] = (agent.lambda_curv * agent.gradient_scale).item()  # the weight that was found
+            summary["curv_weight_found"] = (agent.lambda_curv * agent.gradient_scale).item()
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         tqdm.write(f"done: {run_dir}")
     finally:
-        for resource in (bar, writer, env, eval_env):
-            resource.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        for resource in (bar, writer, env, eval_env, lock):
+            if resource is not None:
+                resource.close()
     return run_dir
 
 
+# ======== COMMAND LINE: --resume and --warm-start bring settings.
+
+
 def parse_args(settings=Args) -> Args:
-    """The command line; with --resume, the run's own settings take the place of the defaults."""
+    """The command line. With --resume or --warm-start the run's own settings take the place of the defaults; a warm
+    start looks the lambdas up as for a new run, so that a plain source does not make the new run plain."""
     args = tyro.cli(settings, description=__doc__)
+    require(not (args.resume and args.warm_start), "give --resume or --warm-start, not both")
     if args.resume:
-        saved = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
-        args = tyro.cli(settings, description=__doc__, default=saved)
-    return args
+        defaults = replace(load_checkpoint(args.resume, settings)["args"], resume=args.resume)
+    elif args.warm_start:
+        saved = load_checkpoint(args.warm_start, settings)["args"]
+        defaults = replace(saved, warm_start=args.warm_start, resume=None, **dict.fromkeys(LAMBDAS))
+    else:
+        return args
+    return tyro.cli(settings, description=__doc__, default=defaults)
 
 
 if __name__ == "__main__":

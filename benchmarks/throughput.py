@@ -60,7 +60,7 @@ def stepper(script, settings: dict, args: Args) -> Callable[[int], None]:
     torch.manual_seed(settings.seed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     agent, buffer = script.Agent(*sizes, settings, device), script.ReplayBuffer(settings.buffer_size, *sizes, device)
-    update = agent.graphed_update if device.type == "cuda" else agent.update
+    update = script.CudaGraphUpdate(agent.update) if device.type == "cuda" else agent.update
     updates, (observation, _) = itertools.count(1), env.reset(seed=settings.seed)
 
     def steps(n: int, learn: bool = True) -> None:

@@ -1,9 +1,11 @@
 """Environments that a run must refuse, stop at or get right; `--env-id odd_envs:NAME` imports this module."""
 
+import random
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 
 
@@ -31,6 +33,74 @@ class Odd(gym.Env):
         over, even = self.steps == 10, self.episode % 2 == 0  # even episodes terminate, odd ones are truncated
         reward = self.reward(-abs(position))
         return self.observe([position, self.steps, self.episode]), reward, over and even, over and not even, {}
+
+
+class Unstable(Odd):
+    """Its simulator raises: in the step `in_step` of all, or at the reset `in_reset`."""
+
+    def __init__(self, in_step=None, in_reset=None):
+        super().__init__()
+        self.in_step, self.in_reset = in_step, in_reset
+
+    def reset(self, seed=None, options=None):
+        if self.episode + 1 == self.in_reset:
+            raise RuntimeError("the simulator is unstable")
+        return super().reset(seed)
+
+    def step(self, action):
+        if self.total + 1 == self.in_step:
+            raise RuntimeError("the simulator is unstable")
+        return super().step(action)
+
+
+class GlobalNoise(Odd):
+    """Each step draws from the global generators of numpy, Python and torch."""
+
+    def step(self, action):
+        noise = np.random.normal() + random.gauss(0, 1) + torch.randn(()).item()
+        return super().step(np.clip(action + 0.1 * noise, -1, 1).astype(np.float32))
+
+
+class TellsEpisodes(Odd):
+    """As a monitor of its own would."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"episode": {"r": 1e6, "l": 7}}
+
+
+class OnlyOne(Odd):
+    """A serial port: there can't be two."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        if OnlyOne.made:
+            raise RuntimeError("the port is in use")
+        OnlyOne.made += 1
+
+
+class OldReset(Odd):
+    def reset(self):
+        return super().reset()[0]
+
+
+class OldStep(Odd):
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated or truncated, info
+
+
+class OldObservation(Odd):
+    def reset(self, seed=None, options=None):
+        return super().reset(seed)[0]
+
+
+class OldGym:
+    """Not even Gymnasium's class."""
+
+    observation_space, action_space, metadata = Box(-1, 1, (3,)), Box(-1, 1, (1,)), {}
 
 
 def register(name, *parts, steps=1000, **named):
@@ -79,3 +149,19 @@ register("InfReward", bad_step=45, reward=lambda r: inf if np.isnan(r) else r, o
 register("RewardVector", bad_step=45, reward=lambda r: [r, r] if np.isnan(r) else r, observe=np.nan_to_num)
 register("HugeReward", bad_step=45, bad=1e30)
 gym.register("NoSimulator-v0", entry_point="a_simulator_that_is_not_installed.envs:Robot")
+for kind, options in {
+    "UnstableStep": {"entry_point": partial(Unstable, in_step=45)},
+    "UnstableReset": {"entry_point": partial(Unstable, in_reset=4)},
+    "UnstableStart": {"entry_point": partial(Unstable, in_reset=0)},
+    "GlobalNoise": {"entry_point": GlobalNoise},
+    "TellsEpisodes": {"entry_point": TellsEpisodes},
+    "Monitored": {"entry_point": lambda: gym.wrappers.RecordEpisodeStatistics(Odd())},
+    "OnlyOne": {"entry_point": OnlyOne},
+    "Normalised": {"entry_point": lambda: gym.wrappers.NormalizeObservation(Odd())},
+    "NormalisedReward": {"entry_point": lambda: gym.wrappers.NormalizeReward(Odd())},
+    "OldReset": {"entry_point": OldReset},
+    "OldStep": {"entry_point": OldStep},
+    "OldObservation": {"entry_point": OldObservation},
+    "OldGym": {"entry_point": OldGym},
+}.items():
+    gym.register(f"{kind}-v0", max_episode_steps=1000, disable_env_checker=True, **options)

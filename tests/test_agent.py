@@ -41,7 +41,7 @@ def sac_losses(agent, batch, update_actor):
         next_q = torch.min(t1(next_s, next_a), t2(next_s, next_a)) - agent.log_alpha.exp() * log_prob
         y = r + args.gamma * (1 - d) * next_q
     yield "critics", 0.5 * F.mse_loss(q1(s, a), y) + 0.5 * F.mse_loss(q2(s, a), y)
-    for _ in range(args.policy_frequency if update_actor else 0):
+    if update_actor:
         new_a, log_prob = agent.actor.sample(s, torch.randn(ROWS, ACTIONS))
         alpha = agent.log_alpha.exp().item()
         yield "actor", (alpha * log_prob - torch.min(q1(s, new_a), q2(s, new_a))).mean()
@@ -103,6 +103,7 @@ def test_pave_adds_its_weighted_terms_of_both_critics_at_the_first_rows(float64,
     if scale:
         agent.gradient_scale.fill_(scale)
         weight, margin = 0.5 * scale, 0.01 * 3 / 2 * scale
+    batch = sac.Batch(*batch)
     s, next_s, a = (part[:rows] for part in batch[:3])
     target_noise, noise, probe = torch.randn(ROWS, 3), 0.01 * torch.randn(rows, STATES), sac.rademacher_like(a)
     loss, metrics = agent.critic_loss(batch, target_noise, noise, probe)
@@ -148,8 +149,11 @@ def test_fast_updates_compute_what_eager_ones_do(script, float64, autotune_curv,
     settings |= {"autotune_curv": autotune_curv, "device": torch.device(device)}
     eager, fast = make_agent(script, **settings), make_agent(script, compile=True, **settings)
     logged = []
-    for update in (eager.update, fast.update if device == "cpu" else fast.graphed_update):
+    fast_update = fast.update if device == "cpu" else script.CudaGraphUpdate(fast.update)
+    for agent, update in ((eager, eager.update), (fast, fast_update)):
         for step in range(6):
+            if step == 4:
+                agent.lambda_mpr.mul_(0.5)  # neither compiled code nor a recorded graph may hold the old weight
             batch = [tensor.to(device) for tensor in make_batch(seed=step)]
             logged.append(torch.stack(list(update(batch, step % 2 == 0).values())))
     torch.testing.assert_close(fast.state_dict(), eager.state_dict(), rtol=1e-7, atol=1e-8)
@@ -159,6 +163,7 @@ def test_fast_updates_compute_what_eager_ones_do(script, float64, autotune_curv,
 def test_a_graphed_update_is_an_update_on_each_new_batch(monkeypatch):
     """With a stand-in for CUDA's graphs: a recording computes nothing, a replay does what was recorded."""
     plain, graphed = make_agent(sac), make_agent(sac)
+    update = sac.CudaGraphUpdate(graphed.update)
 
     class Graph:
         def replay(self):
@@ -169,13 +174,13 @@ def test_a_graphed_update_is_an_update_on_each_new_batch(monkeypatch):
             graph.inputs, graph.metrics = inputs, {}
             return graph.metrics
 
-        return patch.object(graphed, "update", record)
+        return patch.object(update, "update", record)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     for step in range(6):
-        updates = plain.update, graphed.graphed_update
-        torch.testing.assert_close(*(update(make_batch(seed=step), step % 2 == 0) for update in updates))
+        both = [call(make_batch(seed=step), step % 2 == 0) for call in (plain.update, update)]
+        torch.testing.assert_close(*both)
     torch.testing.assert_close(plain.state_dict(), graphed.state_dict(), rtol=0, atol=0)
 
 
@@ -184,8 +189,8 @@ def test_where_compiling_fails_it_warns_once_and_goes_on_eagerly(script, failing
     """At once (no C++ compiler) or later (Ctrl-C), even after the gradients are there (TORCH_COMPILE_DISABLE=1)."""
 
     def broken_compile(function, **options):
-        def call(loss_function, *inputs):
-            metrics = function(loss_function, *inputs)
+        def call(loss_function, parameters, *inputs):
+            metrics = function(loss_function, parameters, *inputs)
             if loss_function.__name__ == failing:
                 raise RuntimeError("no C++ compiler")
             return metrics
@@ -201,6 +206,21 @@ def test_where_compiling_fails_it_warns_once_and_goes_on_eagerly(script, failing
     torch.testing.assert_close(*(agent.state_dict() for agent in agents), rtol=0, atol=0)
     warning = "without torch.compile, it fails here (RuntimeError('no C++ compiler'))"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_a_torch_without_the_private_switch_trains_eagerly(script, monkeypatch, capsys):
+    """torch._dynamo.config refuses names that it does not have, as a later torch may do with ours."""
+
+    class Config:
+        __slots__ = ()
+
+    monkeypatch.setattr(torch._dynamo, "config", Config())
+    agents = [make_agent(script, compile=compile) for compile in (True, False)]
+    for agent in agents:
+        torch.manual_seed(0)
+        agent.update(make_batch(), True)
+    torch.testing.assert_close(*(agent.state_dict() for agent in agents), rtol=0, atol=0)
+    assert "going on without torch.compile" in capsys.readouterr().err
 
 
 def test_sac_log_prob_equals_torch_distributions(float64):

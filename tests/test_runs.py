@@ -39,9 +39,15 @@ def summary(run_dir):
     return json.loads((run_dir / "summary.json").read_text())
 
 
+def stopped(run_dir):
+    """The run's folder, as if it had been stopped at its last checkpoint."""
+    (run_dir / "summary.json").unlink()
+    return run_dir
+
+
 def same_weights(left, right):
     left, right = checkpoint(left)["agent"], checkpoint(right)["agent"]
-    return all(torch.equal(left[name], right[name]) for name in left.keys() | right.keys())
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def flags_of(settings):
@@ -79,7 +85,7 @@ def test_a_run_leaves_what_the_readme_promises(script, small_args, monkeypatch):
     expected = {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS")}
     expected |= {f"eval/{x}" for x in ("return", "smoothness", "oscillation", "length")}
     expected |= {f"losses/{x}" for x in ("qf_loss", "mpr", "vfc", "curvature", "actor_loss", "q_values")}
-    expected |= {"geometry/vhv", "geometry/concave_fraction"}
+    expected |= {f"geometry/{x}" for x in ("vhv", "concave_fraction", "margin_fraction", "action_gradient")}
     expected |= {"losses/alpha", "losses/entropy"} if script.SCRIPT.startswith("sac") else set()
     assert set(curves.Tags()["scalars"]) == expected
     assert [event.step for event in curves.Scalars("eval/return")] == [200, 400, 450]
@@ -132,11 +138,11 @@ def test_a_terminal_gets_a_progress_bar(script, small_args, capsys, monkeypatch)
 # ------------------------------------------------------------------------------------------- the seed, and resuming
 
 
-def test_the_seed_decides_and_a_finished_run_goes_on_bit_identically(script, small_args):
+def test_the_seed_decides_and_a_stopped_run_goes_on_bit_identically(script, small_args):
     """Also where an env draws from numpy's generator; the reset after the end must start from the same random state."""
     settings = {"env_id": "odd_envs:Scalar-v0", "eval_episodes": 0}
     whole, other = (script.train(small_args(**settings, total_timesteps=135, seed=seed)) for seed in (3, 4))
-    part = script.train(small_args(**settings, total_timesteps=120, seed=3))  # 12 whole episodes
+    part = stopped(script.train(small_args(**settings, total_timesteps=120, seed=3)))  # 12 whole episodes
     script.train(small_args(**settings, total_timesteps=135, seed=3, resume=str(part / "checkpoint.pt")))
     assert same_weights(whole, part) and not same_weights(whole, other)
     actor = script.Actor(1, 1)
@@ -177,7 +183,7 @@ def test_a_real_process_interrupted_saves_and_resumes_with_its_own_settings(scri
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_step_finds_the_run_finished(script, small_args, monkeypatch, signum):
     """And the handler that was there comes back, however the run ends."""
-    evaluation = {"return_mean": 0.0, "smoothness_mean": 0.0}
+    evaluation = {"return_mean": 0.0, "smoothness_mean": 0.0, "oscillation": 0.0, "length_mean": 200.0}
     monkeypatch.setattr(script, "evaluate", lambda *_: signal.raise_signal(signum) or evaluation)
 
     def handler(*_):
@@ -190,38 +196,144 @@ def test_a_signal_in_the_last_step_finds_the_run_finished(script, small_args, mo
     assert signal.signal(signum, before) is handler
 
 
-@sac_only
-def test_a_resumed_run_takes_another_buffer_batch_learning_rate_and_alpha(script, small_args, monkeypatch):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 1)
-    settings = {"autotune": False, "learning_starts": 170, "buffer_size": 150}
-    run_dir = script.train(small_args(total_timesteps=200, **settings))
-    before = checkpoint(run_dir)["agent"]
-    settings |= {"buffer_size": 400, "batch_size": 8, "alpha": 0.7, "q_lr": 1e-9}
-    settings["resume"] = str(run_dir / "checkpoint.pt")
-    script.train(small_args(total_timesteps=202, **settings))
-    saved = checkpoint(run_dir)
-    assert max((saved["agent"][n] - before[n]).abs().max() for n in before if n.startswith("critics")) < 1e-7
-    assert EventAccumulator(str(run_dir)).Reload().Scalars("losses/alpha")[-1].value == pytest.approx(0.7)
-    assert (len(saved["buffer_rows"]), saved["buffer_position"]) == (152, 152)
-    for step, position in ((205, 3), (206, 4)):  # a buffer of just the saved size goes on at its start
-        script.train(small_args(total_timesteps=step, **settings | {"buffer_size": 152}))
-        assert checkpoint(run_dir)["buffer_position"] == position
+def test_a_run_killed_before_its_summary_is_finished_by_resume(script, small_args):
+    run_dir = script.train(small_args(total_timesteps=120))
+    told, before = summary(run_dir), (run_dir / "checkpoint.pt").read_bytes()
+    script.train(small_args(total_timesteps=120, resume=str(stopped(run_dir) / "checkpoint.pt")))
+    again = summary(run_dir)
+    assert again.pop("steps_per_second") == 0 and again.pop("resume")
+    assert again.items() <= told.items()
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_finished_run_and_another_training_are_refused_by_resume(script, small_args):
+    run_dir = script.train(small_args(total_timesteps=120))
+    path, before = run_dir / "checkpoint.pt", {file: file.read_bytes() for file in run_dir.iterdir()}
+    with pytest.raises(script.UserError, match=r"finished, at step 120.*--warm-start .*checkpoint.pt begins a new run"):
+        script.train(small_args(total_timesteps=300, resume=str(path)))
+    assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
+    stopped(run_dir)
+    other = {"lambda_mpr": 0.5, "q_lr": 1e-5, "gamma": 0.5, "buffer_size": 2000, "env_id": "odd_envs:Row-v0", "seed": 2}
+    for name, value in (other | {"learning_starts": 110, "pave_batch_size": 3}).items():
+        with pytest.raises(
+            script.UserError, match=f"same training, whose --{name.replace('_', '-')} is .*--warm-start"
+        ):
+            script.train(small_args(**{"total_timesteps": 130, name: value}, resume=str(path)))
+    free = {"eval_interval": 50, "eval_episodes": 2, "checkpoint_interval": 30, "cudagraphs": False}
+    script.train(small_args(total_timesteps=130, resume=str(path), **free))
+    assert summary(run_dir)["steps"] == 130
+
+
+def test_two_at_once_on_one_run_the_second_is_refused(script, small_args):
+    process = start(script, small_args(total_timesteps=100_000, checkpoint_interval=100))
+    while not (paths := list(Path(small_args().output_dir).rglob("checkpoint.pt"))):
+        assert process.poll() is None
+        time.sleep(0.1)
+    path = paths[0]
+    with pytest.raises(script.UserError, match=r"another process is training .*--warm-start"):
+        script.train(small_args(total_timesteps=100_000, checkpoint_interval=100, resume=str(path)))
+    process.kill()
+    process.communicate()
+    step = checkpoint(path.parent)["step"]
+    script.train(small_args(total_timesteps=step + 1, resume=str(path)))  # what was killed holds no lock
+
+
+# ------------------------------------------------------------------------------------------------------- warm starts
+
+
+def networks(run_dir):
+    """The saved weights without what --autotune-curv adds."""
+    own = ("lambda_curv", "gradient_scale")
+    return {name: value for name, value in checkpoint(run_dir)["agent"].items() if name not in own}
+
+
+PLAIN = dict.fromkeys(("lambda_mpr", "lambda_vfc", "lambda_curv"), 0.0)
+PAVE = {"lambda_mpr": 2.0, "lambda_vfc": 3.0, "lambda_curv": 0.5}
+AUTO = {"autotune_curv": True}
+WARM_STARTS = [(PLAIN, PAVE), (PLAIN, AUTO), (AUTO, PLAIN), (AUTO, AUTO), (PAVE | {"pave_batch_size": 8}, PAVE)]
+
+
+@both_scripts
+@pytest.mark.parametrize(("before", "after"), WARM_STARTS)
+def test_a_warm_start_begins_anew_with_the_agent_and_the_replay_of_the_source(script, small_args, before, after):
+    """And the new run, stopped and resumed, ends with the same bits as one that was not; --learning-starts is over."""
+    env = {"env_id": "odd_envs:Scalar-v0", "eval_episodes": 0}
+    source = script.train(small_args(total_timesteps=120, **env, **before))
+    files = {file: file.read_bytes() for file in source.iterdir()}
+    warm = small_args(total_timesteps=30, **env, **after, warm_start=str(source / "checkpoint.pt"))
+    frozen = dataclasses.replace(warm, total_timesteps=1, policy_lr=1e-12, q_lr=1e-12, tau=0.0)
+    first = script.train(frozen)
+    for name, weight in networks(first).items():
+        torch.testing.assert_close(weight, networks(source)[name], rtol=0, atol=1e-9)
+    assert torch.equal(checkpoint(first)["buffer_rows"][:120], checkpoint(source)["buffer_rows"])
+    moments = [checkpoint(run)["optimizers"]["critics"][0]["step"].item() for run in (first, source)]
+    assert moments[0] == moments[1] + 1  # Adam goes on, from the first step
+
+    whole = script.train(warm)
+    assert checkpoint(whole)["step"] == 30 and not same_weights(whole, source)
+    assert len(checkpoint(whole)["buffer_rows"]) == 150
+    origin = checkpoint(whole)["origin"]
+    assert (origin["run"], origin["step"], origin["origin"]) == (source.name, 120, None)
+    assert origin["args"] == checkpoint(source)["args"]
+    assert summary(whole)["origin"] == origin
+    part = stopped(script.train(dataclasses.replace(warm, total_timesteps=20)))
+    resumed = dataclasses.replace(warm, resume=str(part / "checkpoint.pt"))
+    assert same_weights(script.train(resumed), whole)
+    assert summary(part)["origin"] == origin
+    assert {file: file.read_bytes() for file in source.iterdir()} == files
+    again = script.train(dataclasses.replace(warm, warm_start=str(whole / "checkpoint.pt"), total_timesteps=1))
+    assert checkpoint(again)["origin"]["origin"] == origin
+
+
+def test_a_warm_start_takes_the_sources_settings_but_looks_the_lambdas_up(script, small_args, tmp_path):
+    source = script.train(small_args(total_timesteps=120, gamma=0.9, **PLAIN)) / "checkpoint.pt"
+    flags = ["--warm-start", source, "--total-timesteps", 5]
+    expected = {"pave": ([], (2.0, 0.005, 2.0)), "auto": (["--autotune-curv"], (0.1, 0.0005, 0.01))}
+    expected["plain"] = (["--lambda-mpr", 0, "--lambda-vfc", 0, "--lambda-curv", 0], (0.0, 0.0, 0.0))
+    expected["one given"] = (["--lambda-vfc", 7], (2.0, 7.0, 2.0))
+    for name, (given, lambdas) in expected.items():
+        run_program(script.__name__, *flags, *given, "--output-dir", tmp_path / name)
+        (run_dir,) = (tmp_path / name).iterdir()
+        saved = checkpoint(run_dir)["args"]
+        assert tuple(saved[name] for name in script.LAMBDAS) == lambdas
+        assert (saved["gamma"], saved["batch_size"], saved["learning_starts"]) == (0.9, 32, 0)
+    assert "--resume or --warm-start, not both" in fails(script.__name__, *flags, "--resume", source)
 
 
 @sac_only
-def test_an_autotuned_run_tells_its_lambda_and_goes_on_from_it_or_from_a_new_one(script, small_args):
-    args = {"autotune_curv": True, "eval_episodes": 0}
-    run_dir = script.train(small_args(total_timesteps=120, **args))
-    path, saved = run_dir / "checkpoint.pt", checkpoint(run_dir)
-    found = saved["agent"]["lambda_curv"]
-    assert summary(run_dir)["lambda_curv"] == pytest.approx((found * saved["agent"]["gradient_scale"]).item())
-    found.fill_(0.3)  # as a longer training would leave it
+def test_a_warm_start_keeps_alpha_and_what_autotuning_found_unless_a_flag_says_otherwise(script, small_args):
+    env = {"env_id": "odd_envs:Scalar-v0", "eval_episodes": 0, "total_timesteps": 120}
+    source = script.train(small_args(**env, **AUTO))
+    path, saved = source / "checkpoint.pt", checkpoint(source)
+    weight = saved["agent"]["lambda_curv"] * saved["agent"]["gradient_scale"]
+    assert summary(source)["curv_weight_found"] == pytest.approx(weight.item())
+    assert summary(source)["lambda_curv"] == 0.01
+    saved["agent"]["lambda_curv"].fill_(0.3)  # as a longer training would leave it
+    saved["agent"]["log_alpha"].fill_(-1.0)
     torch.save(saved, path)
-    for steps, changes, start in ((121, {}, 0.3), (122, {"lambda_curv": 5.0}, 5.0)):
-        script.train(small_args(total_timesteps=steps, resume=str(path), **args, **changes))
-        assert checkpoint(run_dir)["agent"]["lambda_curv"].item() == pytest.approx(start, rel=0.006)  # one update
-    with pytest.raises(script.UserError, match="an --autotune flag differs"):
-        script.train(small_args(total_timesteps=130, resume=str(path), autotune_curv=False))
+    for changes, start in (({}, 0.3), ({"lambda_curv": 5.0}, 5.0)):
+        warm = small_args(**env | {"total_timesteps": 1}, **AUTO, **changes, warm_start=str(path))
+        agent = checkpoint(script.train(warm))["agent"]
+        assert agent["lambda_curv"].item() == pytest.approx(start, rel=0.006)  # one update
+        assert agent["log_alpha"].item() == pytest.approx(-1.0, abs=0.002)
+    fixed = script.train(small_args(**env, autotune=False, alpha=0.7)) / "checkpoint.pt"
+    with pytest.raises(script.UserError, match="its --autotune differs"):
+        script.train(small_args(**env, warm_start=str(fixed)))
+    warm = script.train(small_args(**env | {"total_timesteps": 2}, warm_start=str(fixed), autotune=False, alpha=0.7))
+    assert checkpoint(warm)["step"] == 2
+
+
+def test_a_full_buffer_in_a_larger_one_loses_its_oldest_row_first(script, small_args):
+    args = {"env_id": "odd_envs:Scalar-v0", "eval_episodes": 0, "learning_starts": 170, "buffer_size": 150}
+    source = script.train(small_args(total_timesteps=200, **args))
+    rows, position = checkpoint(source)["buffer_rows"], checkpoint(source)["buffer_position"]
+    assert (len(rows), position) == (150, 50)
+    warm = {"total_timesteps": 5, "warm_start": str(source / "checkpoint.pt")}
+    larger = checkpoint(script.train(small_args(**args | warm | {"buffer_size": 152})))
+    assert larger["buffer_position"] == 3
+    assert torch.equal(larger["buffer_rows"][3:150], rows.roll(-50, 0)[3:])  # the three oldest are gone
+    same = checkpoint(script.train(small_args(**args | warm)))
+    assert same["buffer_position"] == 55 and torch.equal(same["buffer_rows"][:50], rows[:50])
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -235,8 +347,13 @@ BAD_INPUT = {
     "observes Box(0, 255, (32, 32, 3), uint8); these networks need a vector": {"env_id": "odd_envs:Image-v0"},
     "observes Dict('camera': Box(0, 255, (32, 32, 3), uint8)": {"env_id": "odd_envs:ImageDict-v0"},
     "choose another --output-dir": {"output_dir": str(ROOT / "LICENSE" / "runs")},
-    "--resume cannot use /nowhere/checkpoint.pt": {"resume": "/nowhere/checkpoint.pt"},
-    "--resume cannot use /": {"resume": str(ROOT)},
+    "cannot go on from /nowhere/checkpoint.pt": {"resume": "/nowhere/checkpoint.pt"},
+    "cannot go on from /nowhere/warm.pt": {"warm_start": "/nowhere/warm.pt"},
+    "cannot go on from /": {"resume": str(ROOT)},
+    "Normalised-v0 scales observations by running statistics, which actor.pt lacks: scale by fixed constants": {
+        "env_id": "odd_envs:Normalised-v0"
+    },
+    "OldGym-v0 has the interface of the old Gym": {"env_id": "odd_envs:OldGym-v0"},
     "give a checkpoint.pt of td3_pave_continuous.py": {"resume": str(ROOT / "LICENSE")},
     "--seed is -1; it must be from 0 to 4294967295": {"seed": -1},
 }
@@ -265,27 +382,27 @@ def test_no_number_is_taken_that_makes_no_sense(script):
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(script, small_args, tmp_path):
-    path = script.train(small_args(total_timesteps=120)) / "checkpoint.pt"
+    path = stopped(script.train(small_args(total_timesteps=120))) / "checkpoint.pt"
     before, saved, broken = path.read_bytes(), checkpoint(path.parent), tmp_path / "broken.pt"
     broken.write_bytes(before[: len(before) // 2])
     for changes, message in (
-        ({"resume": str(broken)}, "cannot use"),
-        ({"env_id": "odd_envs:Row-v0"}, "a run on Pendulum-v1, --env-id is odd_envs:Row-v0"),
-        ({"total_timesteps": 120}, "at step 120 already"),
-        ({"buffer_size": 100}, "raise --buffer-size"),
+        ({"resume": str(broken)}, "cannot go on from"),
+        ({"resume": str(path), "total_timesteps": 119}, "at step 120 already, --total-timesteps is 119"),
+        ({"warm_start": str(path), "buffer_size": 100}, "raise --buffer-size"),
+        ({"warm_start": str(path), "env_id": "odd_envs:ActionMatrix-v0"}, "does not fit: its env has other sizes"),
     ):
         with pytest.raises(script.UserError, match=message):
-            script.train(small_args(**{"resume": str(path)} | changes))
+            script.train(small_args(**changes))
     for content, message in (
-        (saved | {"script": "ddpg"}, "cannot use"),
-        (torch.load(path.with_name("actor.pt"), weights_only=True), "cannot use"),
-        ([1, 2], "cannot use"),
-        (saved | {"code": np.random.default_rng()}, "cannot use"),  # weights_only
-        (saved | {"agent": dict.fromkeys(saved["agent"], torch.zeros(7))}, "does not fit this env"),
+        (saved | {"script": "ddpg"}, "cannot go on from"),
+        (torch.load(path.with_name("actor.pt"), weights_only=True), "cannot go on from"),
+        ([1, 2], "cannot go on from"),
+        (saved | {"code": np.random.default_rng()}, "cannot go on from"),  # weights_only
+        (saved | {"agent": dict.fromkeys(saved["agent"], torch.zeros(7))}, "does not fit"),
     ):
         torch.save(content, broken)
         with pytest.raises(script.UserError, match=message) as caught:
-            script.train(small_args(resume=str(broken)))
+            script.train(small_args(resume=str(broken), total_timesteps=120))
         assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
 
@@ -294,23 +411,81 @@ def test_a_checkpoint_that_does_not_fit_is_refused(script, small_args, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "interval", "message"),
+    ("interval", "message"),
     [
-        ("NanObservation", 200, "NaN or infinite observation or reward"),
-        ("InfReward", 200, "NaN or infinite observation or reward"),
-        ("RewardVector", 200, "not 1 in number"),
-        ("HugeReward", 200, "training diverged.*a NaN action"),  # as on a GPU, where the losses are not read each step
-        ("HugeReward", 1, "training diverged.*'losses/qf_loss': (inf|nan)"),
+        (200, "training diverged.*a NaN action"),  # as on a GPU, where the losses are not read each step
+        (1, "training diverged.*'losses/qf_loss': (inf|nan)"),
     ],
 )
-def test_a_run_that_breaks_keeps_its_last_checkpoint(script, small_args, monkeypatch, name, interval, message):
+def test_a_run_that_diverges_keeps_its_last_checkpoint(script, small_args, monkeypatch, interval, message):
     monkeypatch.setattr(script, "LOG_INTERVAL", interval)
-    args = small_args(env_id=f"odd_envs:{name}-v0", learning_starts=20, checkpoint_interval=20, eval_episodes=0)
+    args = small_args(env_id="odd_envs:HugeReward-v0", learning_starts=20, checkpoint_interval=20, eval_episodes=0)
     with pytest.raises(script.UserError, match=message):
         script.train(args)
     (run_dir,) = Path(args.output_dir).iterdir()
     assert checkpoint(run_dir)["step"] == 40
     assert all(value.isfinite().all() for value in checkpoint(run_dir)["agent"].values())
+
+
+ENV_FAILURES = {  # the env: its error, and the step that is saved
+    "UnstableStep": ("the simulator is unstable", 44),
+    "UnstableReset": ("the simulator is unstable", 40),
+    "NanObservation": ("NaN or infinite observation or reward", 44),
+    "InfReward": ("NaN or infinite observation or reward", 44),
+    "RewardVector": ("not 1 in number", 44),
+}
+
+
+@pytest.mark.parametrize("name", ENV_FAILURES)
+def test_what_a_run_has_learnt_is_saved_when_its_env_fails(script, small_args, capsys, name):
+    """The env's own error is the one that is raised; a NaN never gets into the buffer; the run can go on."""
+    message, step = ENV_FAILURES[name]
+    args = small_args(env_id=f"odd_envs:{name}-v0", learning_starts=20, eval_episodes=0)
+    with pytest.raises(RuntimeError if "Unstable" in name else script.UserError, match=message):
+        script.train(args)
+    (run_dir,) = Path(args.output_dir).iterdir()
+    saved = checkpoint(run_dir)
+    assert (saved["step"], len(saved["buffer_rows"])) == (step, step) and saved["buffer_rows"].isfinite().all()
+    path = run_dir / "checkpoint.pt"
+    assert f"failed after step {step}; what was learnt is saved, go on with --resume {path}" in capsys.readouterr().err
+    assert (run_dir / "actor.pt").exists()
+    script.train(dataclasses.replace(args, resume=str(path), total_timesteps=step + 10))
+    assert checkpoint(run_dir)["step"] == step + 10
+
+
+def test_an_evaluations_env_that_fails_costs_nothing_either(script, small_args, monkeypatch):
+    monkeypatch.setattr(script, "make_evaluation_env", lambda *_: script.make_env("odd_envs:UnstableReset-v0"))
+    args = small_args(env_id="odd_envs:Aliased-v0", eval_interval=60, eval_episodes=5)
+    with pytest.raises(RuntimeError, match="the simulator is unstable"):
+        script.train(args)
+    (run_dir,) = Path(args.output_dir).iterdir()
+    assert checkpoint(run_dir)["step"] == 60
+
+
+def test_weights_that_are_not_finite_leave_the_old_checkpoint_and_the_envs_error(
+    script, small_args, monkeypatch, capsys
+):
+    def spoilt(self, batch, update_actor):
+        self.actor.net[0].bias.data[0] = math.nan if self.steps == 24 else 0.0
+        self.steps += 1
+        return {}
+
+    monkeypatch.setattr(script.Agent, "update", spoilt)
+    monkeypatch.setattr(script.Agent, "steps", 0, raising=False)
+    monkeypatch.setattr(script.Agent, "explore", lambda self, observation: np.zeros(1, np.float32))
+    args = small_args(env_id="odd_envs:UnstableStep-v0", learning_starts=20, checkpoint_interval=20, eval_episodes=0)
+    with pytest.raises(RuntimeError, match="the simulator is unstable"):
+        script.train(args)
+    (run_dir,) = Path(args.output_dir).iterdir()
+    assert checkpoint(run_dir)["step"] == 40
+    assert "failed after step 44; not saved: step 44: training diverged" in capsys.readouterr().err
+
+
+def test_an_env_that_never_starts_leaves_no_checkpoint(script, small_args):
+    args = small_args(env_id="odd_envs:UnstableStart-v0")
+    with pytest.raises(RuntimeError, match="the simulator is unstable"):
+        script.train(args)
+    assert not list(Path(args.output_dir).rglob("*.pt"))
 
 
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_args, tmp_path):
@@ -322,7 +497,7 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(script, small_ar
 
 
 def test_a_full_disk_leaves_the_old_files(script, small_args, monkeypatch):
-    run_dir = script.train(small_args(total_timesteps=110))
+    run_dir = stopped(script.train(small_args(total_timesteps=110)))
     before = {file.name: file.read_bytes() for file in run_dir.glob("*.pt")}
 
     def full(content, file):
@@ -348,6 +523,53 @@ def test_envs_that_people_really_have_are_trained_on(script, small_args, env_id)
         torch.testing.assert_close(saved[bound], torch.from_numpy(expected.ravel()))
 
 
+@pytest.mark.parametrize("name", ["TellsEpisodes", "Monitored"])
+def test_an_env_that_counts_episodes_itself_is_trained_on_and_we_count_too(script, small_args, name):
+    run_dir = script.train(small_args(env_id=f"odd_envs:{name}-v0", total_timesteps=35, learning_starts=32))
+    curves = EventAccumulator(str(run_dir)).Reload()
+    assert [event.value for event in curves.Scalars("charts/episodic_length")] == [10, 10, 10]
+    rewards = checkpoint(run_dir)["buffer_rows"][:30, -2].view(3, 10).sum(1)
+    returns = [event.value for event in curves.Scalars("charts/episodic_return")]
+    torch.testing.assert_close(torch.tensor(returns), rewards)
+
+
+def test_without_evaluations_there_is_one_env(script, small_args, monkeypatch):
+    monkeypatch.setattr(odd_envs.OnlyOne, "made", 0)
+    args = small_args(env_id="odd_envs:OnlyOne-v0", total_timesteps=25, learning_starts=20)
+    script.train(dataclasses.replace(args, eval_episodes=0))
+    monkeypatch.setattr(odd_envs.OnlyOne, "made", 0)
+    with pytest.raises(RuntimeError, match="the port is in use"):
+        script.train(args)
+
+
+def test_training_does_not_notice_evaluations(script, small_args):
+    """Nor does an env that draws from the global generators of numpy, Python and torch at every step."""
+    args = small_args(env_id="odd_envs:GlobalNoise-v0", total_timesteps=60, learning_starts=20)
+    runs = [script.train(dataclasses.replace(args, eval_interval=interval)) for interval in (1000, 7)]
+    assert same_weights(*runs)
+    assert torch.equal(*(checkpoint(run)["buffer_rows"] for run in runs))
+
+
+def test_scaling_of_rewards_by_running_statistics_is_told(script):
+    with pytest.warns(UserWarning, match="scales rewards by running statistics"):
+        script.make_env("odd_envs:NormalisedReward-v0")
+
+
+@pytest.mark.parametrize("name", ["OldReset", "OldStep", "OldObservation"])
+def test_an_env_of_the_old_interface_is_told_the_new_one(script, small_args, name):
+    with pytest.raises(script.UserError, match=f"{name}-v0 has the interface of the old Gym: .* truncated, info"):
+        script.train(small_args(env_id=f"odd_envs:{name}-v0"))
+
+
+def test_a_run_of_random_actions_alone_says_so_at_its_start(script, small_args, capsys):
+    args = small_args(total_timesteps=120, learning_starts=120)
+    source = script.train(args)
+    told = "--learning-starts 120 is not below --total-timesteps 120: all actions will be random"
+    assert told in capsys.readouterr().err
+    script.train(dataclasses.replace(args, warm_start=str(source / "checkpoint.pt"), total_timesteps=5))
+    assert "random" not in capsys.readouterr().err
+
+
 def test_an_env_without_a_time_limit_is_cut_and_says_so(script):
     with pytest.warns(UserWarning, match="episodes end at 10,000 steps: register it with max_episode_steps"):
         env = script.make_env("odd_envs:NoTimeLimit-v0")
@@ -359,7 +581,9 @@ PAPERS_LAMBDAS = {  # env: of SAC, of TD3
     "LunarLanderContinuous-v3": ((0.1, 0.5, 0.05), (0.1, 0.1, 0.01)),
     "Ant-v5": ((0.1, 0.0005, 1.0), (0.1, 0.005, 0.5)), "Humanoid-v5": ((0.1, 0.0005, 1.0), (0.1, 0.005, 0.5)),
     "Hopper-v4": ((2.0, 0.0005, 3.0), (0.1, 0.005, 0.5)), "Hopper": ((2.0, 0.0005, 3.0), (0.1, 0.005, 0.5)),
-    "Walker2d-v5": ((2.0, 0.005, 2.0), (0.1, 0.1, 0.01)), "Unheard-v0": ((0.1, 0.1, 0.01), (0.1, 0.1, 0.01)),
+    "Walker2d-v5": ((2.0, 0.005, 2.0), (0.1, 0.1, 0.01)), "my_envs:Hopper-v5": ((2.0, 0.0005, 3.0), (0.1, 0.005, 0.5)),
+    "my_envs:filter/Pendulum-v1": ((0.1, 0.005, 0.5), (2.0, 0.005, 2.0)),
+    "Unheard-v0": ((0.1, 0.1, 0.01), (0.1, 0.1, 0.01)),
 }  # fmt: skip
 
 
