@@ -14,7 +14,6 @@ folder. Go on with a CAPS run through this file: the script alone does not know 
 """
 
 import math
-import re
 import sys
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -22,6 +21,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
+import sac_pave_continuous
 from benchmarks.common import SCRIPTS, require, user_errors
 
 WEIGHTS = {"Pendulum": {"caps_temporal": 1.0, "caps_spatial": 5.0}}  # by env; any other env takes the next line
@@ -48,13 +48,23 @@ def with_caps(script: ModuleType) -> tuple[type, type]:
         caps_sigma: float = 0.2  # standard deviation of the spatial term's noise, in the observation's own units
 
     class Agent(script.Agent):
-        def actor_loss(self, batch: tuple, *noise):
+        def update(self, batch, update_actor: bool) -> dict:
+            """As the script's; the noise is drawn here, so that compiled and eager updates draw the same."""
+            self.caps_noise = None
+            if update_actor and self.has_caps():
+                self.caps_noise = self.args.caps_sigma * torch.randn_like(batch[0])
+            return super().update(batch, update_actor)
+
+        def has_caps(self) -> bool:
+            """Without both weights no noise is drawn: the plain algorithm, bit for bit."""
+            return self.args.caps_temporal > 0 or self.args.caps_spatial > 0
+
+        def actor_loss(self, batch, *noise):
             """The script's actor loss plus the CAPS terms; and what to log."""
             loss, metrics = super().actor_loss(batch, *noise)
-            args = self.args
-            if args.caps_temporal or args.caps_spatial:  # else no noise is drawn: the plain algorithm, bit for bit
-                near = args.caps_sigma * torch.randn_like(batch[0])
-                caps = caps_loss(self.actor, *batch[:2], near, args.caps_temporal, args.caps_spatial)
+            if self.has_caps():
+                weights = self.args.caps_temporal, self.args.caps_spatial
+                caps = caps_loss(self.actor, batch.observations, batch.next_observations, self.caps_noise, *weights)
                 loss, metrics = loss + caps, metrics | {"losses/caps": caps}
             return loss, metrics
 
@@ -63,7 +73,7 @@ def with_caps(script: ModuleType) -> tuple[type, type]:
 
 def validate(args):
     """Return args with each None weight looked up for this env; UserError on a setting that makes no sense."""
-    weights = WEIGHTS.get(re.sub(r"-v\d+$", "", args.env_id), DEFAULT_WEIGHTS)
+    weights = WEIGHTS.get(sac_pave_continuous.env_name(args.env_id), DEFAULT_WEIGHTS)
     require(not args.resume or args.caps_temporal is not None, "--resume is no CAPS run: give one that CAPS began")
     args = replace(args, **{name: value for name, value in weights.items() if getattr(args, name) is None})
     for name in (*weights, "caps_sigma"):

@@ -598,7 +598,7 @@ def test_each_env_finds_the_papers_lambdas_and_autotune_the_same_everywhere(scri
 
 @pytest.mark.parametrize(("name", "factor"), [("x0.1", 0.1), ("x10", 10.0)])
 def test_the_scaled_envs_are_pendulum_but_for_the_rewards(name, factor):
-    plain, scaled = gym.make("Pendulum-v1"), gym.make(f"benchmarks.scaled_rewards:Pendulum-{name}-v1")
+    plain, scaled = gym.make("Pendulum-v1"), gym.make(f"benchmarks.envs:Pendulum-{name}-v1")
     assert (plain.reset(seed=1)[0] == scaled.reset(seed=1)[0]).all()
     for _ in range(200):
         action = plain.action_space.sample()

@@ -32,11 +32,10 @@ def test_caps_adds_its_two_terms_to_the_actor_loss():
     torch.manual_seed(0)
     agent = agent_class(3, 2, caps.validate(settings(env_id="Pendulum-v1", compile=False)), torch.device("cpu"))
     s, next_s, a, noise = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8, 2) * 2 - 1, torch.randn(8, 2)
-    batch = s, next_s, a, torch.randn(8), torch.zeros(8)
-    torch.manual_seed(1)
+    batch, near = sac.Batch(s, next_s, a, torch.randn(8), torch.zeros(8)), 0.2 * torch.randn(8, 3)
+    agent.caps_noise = near
     loss, _ = agent.actor_loss(batch, noise)
-    torch.manual_seed(1)
-    here, there, beside = map(agent.actor, (s, next_s, s + 0.2 * torch.randn(8, 3)))
+    here, there, beside = agent.actor(s), agent.actor(next_s), agent.actor(s + near)
     terms = 0.5 * ((here - there) ** 2).sum() / 16 + 5 * 0.5 * ((here - beside) ** 2).sum() / 16
     losses = loss, sac.Agent.actor_loss(agent, batch, noise)[0] + terms
     gradients = [parameters_to_vector(torch.autograd.grad(loss, agent.actor.parameters())) for loss in losses]
@@ -60,12 +59,28 @@ def test_caps_trains_resumes_and_without_weights_is_the_plain_algorithm(script, 
         return all(torch.equal(value, second[name]) for name, value in first.items())
 
     base, whole, part = script.train(plain), train(caps_spatial=3.0), train(caps_spatial=3.0, total_timesteps=200)
+    (part / "summary.json").unlink()  # as if it had been stopped
     assert same(train(caps_temporal=0.0, caps_spatial=0.0), base) and not same(whole, base)
     resume(part)
     run = load_run(part)  # recognised by its own files
     assert same(part, whole) and (run.method, run.args.caps_temporal, run.args.caps_spatial) == ("caps", 1.0, 3.0)
     with pytest.raises(USER_ERRORS, match="no CAPS run"):
         resume(base)
+
+
+def test_compiled_caps_draws_the_same_noise_as_eager():
+    settings, agent_class = caps.with_caps(td3)
+    states = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        args = caps.validate(settings(env_id="Pendulum-v1", compile=compile, batch_size=8))
+        agent = agent_class(3, 2, args, torch.device("cpu"))
+        for step in range(4):
+            torch.manual_seed(step)
+            batch = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8, 2), torch.randn(8), torch.zeros(8)
+            agent.update(batch, step % 2 == 1)
+        states.append(agent.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 def test_caps_settings():
