@@ -16,11 +16,11 @@ maximum grad_a Q(s, a*(s)) = 0; differentiating this by s gives the slope of the
 
     da*/ds = -[d2Q/da2]^-1 d2Q/dsda,    so that |da*/ds| <= M / mu
 
-    M    the largest norm of d2Q/dsda: how fast the action gradient grad_a Q turns as the state moves
-    mu   the smallest curvature of Q at its maximum over a: how sharp the maximum is
+    M    the largest norm of d2Q/dsda over the states: how fast the action gradient grad_a Q turns as the state moves
+    mu   the least curvature of Q at its maximum, over all states and directions of a: how sharp the maximum is
 
 So the action jumps where the critic's gradient turns fast or where its maximum is flat. PAVE adds three losses to each
-critic. The first two make M small, the third keeps mu away from zero:
+critic. The first two make M small, the third works for a large mu:
 
     MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)   mixed-partial regularisation
     VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2,  s' the next state      vector-field consistency
@@ -29,14 +29,17 @@ critic. The first two make M small, the third keeps mu away from zero:
     critic loss = TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv
 
 What each tends to. For small sigma MPR is sigma^2 |d2Q/dsda|_F^2 / d_a: it sees every direction of the state. VFC sees
-only the direction in which the agent moves, s' - s. Both are least for a Q that is flat in a; there mu is zero, and the
-action jumps from limit to limit. Curv works against that: E[v^T H v] is the trace of H, which it wants below -delta.
+only the direction in which the agent moves, s' - s. Neither minds a Q that is flat in a, and the maximum of a flat Q is
+anywhere: mu is zero, and the action jumps. Curv works against that: the mean of v^T H v over probes is the trace of H,
+the sum of the curvatures, which it pushes below -delta. With one action dimension that is mu itself; with more, a
+direction may stay flat while the others are sharp.
 
-Conventions that the lambdas hang on. Means are over the batch and, in MPR and VFC, over the d_a action dimensions, too.
-The TD loss is not halved, as in TD3's paper. The critic sees actions in [-1, 1].
+Conventions that the lambdas depend on. Means are over the batch and, in MPR and VFC, over the d_a action dimensions,
+too. The TD loss is not halved, as in TD3's paper. The critic sees actions in [-1, 1].
 
-How to read this file. It has two floors. THE METHOD is the networks, PAVE, the losses and the update: read it from top
-to bottom, it needs nothing else. What stands above and below it is machinery, and the line over each part says so.
+How to read this file. THE METHOD is the networks, PAVE, the losses and the update. Read it from top to bottom; above it
+you need only the names of the settings (Args) and what a minibatch is (Batch). All else is machinery, and the line over
+each part says what for.
 
     python td3_pave_continuous.py --env-id HalfCheetah-v5
     python td3_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain TD3
@@ -112,7 +115,8 @@ class Args:
     warm_start: str | None = None  # checkpoint.pt of any run: a new run begins with its agent, replay and settings
 
 
-# Settings that a resumed run may change, since they make no other training; where a run began, its origin says.
+# Settings that a resumed run may change, for they say where and how it runs, not what it learns. (What a warm-started
+# run began from is not told by the path in warm_start but by the checkpoint's "origin".)
 FREE_SETTINGS = {"output_dir", "resume", "warm_start", "eval_interval", "eval_episodes", "checkpoint_interval"}
 FREE_SETTINGS |= {"cuda", "torch_deterministic", "compile", "cudagraphs"}
 
@@ -159,7 +163,7 @@ def require_range(args: Args, low: float, high: float, *names: str) -> None:
 
 
 def validate(args: Args) -> Args:
-    """Return args with each lambda that is None looked up; UserError on a setting that makes no sense."""
+    """Return args complete: with the lambdas that are None looked up. UserError on a setting that makes no sense."""
     lambdas = AUTOTUNE_LAMBDAS if args.autotune_curv else TUNED_LAMBDAS.get(env_name(args.env_id), UNTUNED_LAMBDAS)
     for name, value in zip(LAMBDAS, lambdas, strict=True):
         if getattr(args, name) is None:
@@ -287,7 +291,7 @@ def make_evaluation_env(env_id: str, env: ContinuousEnv) -> ContinuousEnv:
 
 
 class Batch(NamedTuple):
-    """A minibatch of B transitions, each drawn on its own, so that the first n of them are as fair a sample as all."""
+    """A minibatch of B transitions, each drawn independently: the first rows are as fair a sample as all of them."""
 
     observations: torch.Tensor  # s (B, d_s), raw
     next_observations: torch.Tensor  # s' (B, d_s): never the next episode's start
@@ -329,7 +333,7 @@ class ReplayBuffer:
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers of SiLU: Curv needs a second derivative, and ReLU's is zero."""
+    """Two hidden layers of SiLU: Curv needs the critic's second derivative, and ReLU's is zero; the actor is alike."""
     return nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, outputs))
 
 
@@ -366,17 +370,17 @@ PaveLosses = namedtuple("PaveLosses", "mpr vfc curvature vhv gradient q_values")
 def action_gradient(q, observations, actions):
     """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). ValueError if `q` returns another shape.
 
-    torch.func.grad(f) is the function that returns the derivative of f with respect to its first argument, here the
-    actions. The parameters of `q` are not among the arguments: the result stays differentiable in them, as is any
-    tensor that was computed from them. With has_aux=True f may return a second value, which is passed on as it is.
+    torch.func.grad(f) is the function that returns the derivative of f by its first argument, here the actions. The
+    parameters of `q` are no arguments of f, so the result can still be backpropagated to them. With has_aux=True f may
+    return a second value, which is handed through.
     """
 
     def total(a):
         q_values = q(observations, a)
         if q_values.shape != a.shape[:1]:
             raise ValueError(f"q must be one critic and return ({len(a)},), not {tuple(q_values.shape)}: squeeze(-1)?")
-        # grad wants one number. Row i of Q depends on row i of the actions alone, so that the derivative of the sum
-        # by row i is row i's own gradient.
+        # grad needs a single number. Row i of Q depends on row i of the actions alone, so the derivative of the sum by
+        # row i is row i's own gradient.
         return q_values.sum(), q_values
 
     return torch.func.grad(total, has_aux=True)(actions)
@@ -411,21 +415,26 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
         loss = td_weight * F.mse_loss(pave.q_values, target)  # target (B,); td_weight 1 in TD3, 1/2 in SAC
         loss += lambda_mpr * pave.mpr + lambda_vfc * pave.vfc + lambda_curv * pave.curvature
 
-    q: one critic, any callable (B, d_s), (B, d_a) -> (B,). It must be smooth (SiLU, not ReLU), its rows independent and
-        repeatable (no batch norm, no dropout). To normalise a layer take nn.GroupNorm(1, H), which is the same function
-        as nn.LayerNorm(H): Curv's gradient is a third derivative, and torch's of LayerNorm is wrong (pytorch#175754)
-    observations, next_observations: s, s' (B, d_s); actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
-    state_noise: epsilon (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
+    q: one critic, any callable (B, d_s), (B, d_a) -> (B,)
+    observations, next_observations: s, s' (B, d_s)
+    actions: a (B, d_a), in [-1, 1] if the paper's lambdas are used
+    state_noise: e (B, d_s) ~ N(0, sigma^2 I); probe: v (B, d_a), see rademacher_like; delta: in units of Q
     Returns the scalars mpr, vfc, curvature; vhv (B,), v^T H v for one probe; gradient (B, d_a), grad_a Q(s, a);
-    q_values (B,), Q(s, a), so that the TD loss needs no second pass. Gradients flow to the parameters of `q` through
-    each. MPR and VFC are means over the action dimensions, too: a squared norm needs lambdas d_a times smaller.
-    ValueError under autocast: MPR subtracts nearly equal gradients, and bf16 loses the difference (so does TF32).
-    Compile the function that calls pave_losses, not `q`.
+    q_values (B,), Q(s, a), so that the TD loss needs no second pass. Through each, gradients flow to the parameters of
+    `q`. The means in MPR and VFC are over the action dimensions, too: a squared norm needs lambdas d_a times smaller.
+
+    With a critic of your own, these mistakes are silent:
+    - It must be smooth: SiLU, not ReLU, which has no curvature.
+    - Its rows must be independent and repeatable: no batch norm, no dropout.
+    - Normalise layers by nn.GroupNorm(1, H), not by nn.LayerNorm(H), which is the same function: Curv's gradient is a
+      third derivative, and torch's own of LayerNorm is wrong (pytorch#175754).
+    - Use float32 throughout, no TF32, no bf16: MPR subtracts nearly equal gradients. (ValueError under autocast.)
+    - To be faster, compile the function that calls pave_losses, not `q`.
     """
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
     vhv, gradient, q_values = hutchinson_trace(q, observations, actions, probe)
-    # The same a at every state: MPR and VFC are to see the field turn with s alone; Curv wants it to change with a.
+    # The same a at each of the three states, for only the state may make the gradients differ.
     states = torch.cat([observations + state_noise, next_observations])  # (2 B, d_s), so that one pass does both
     gradients, _ = action_gradient(q, states, torch.cat([actions, actions]))
     noisy_gradient, next_gradient = gradients.chunk(2)
@@ -439,23 +448,30 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
 # ======== THE METHOD, 3 of 3: TD3's losses with PAVE, the update.
 
 
-def backward(loss_function, parameters: list, *inputs) -> dict:
-    """Add the gradient of loss_function(*inputs) -> (loss, metrics) to the .grad of the parameters; return the metrics.
+def backward(loss_function, parameters: list, *arguments) -> dict:
+    """(loss, metrics) = loss_function(*arguments): add d loss / d parameters to their .grad, and return the metrics.
 
-    Only `parameters` get one: the actor's loss leaves nothing in the critics, through which it passes. With --compile
-    this function becomes one compiled piece, the loss in it (see CompiledOrEager).
+    No other tensor gets a gradient: the actor's loss leaves nothing in the critics, through which it passes.
     """
-    loss, metrics = loss_function(*inputs)
+    loss, metrics = loss_function(*arguments)
     loss.backward(inputs=parameters)
     return {name: value.detach() for name, value in metrics.items()}
 
 
 class Agent(nn.Module):
-    """TD3: networks, optimizers, `update` and the losses that it steps down."""
+    """TD3: the networks, their losses and `update`. The training loop in four lines, once per env step:
+
+        action = agent.explore(observation)
+        agent.update(buffer.sample(batch_size), update_actor)  # the actor, too: at each policy_frequency-th step
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(observation, next_observation, action, reward, terminated)
+
+    The losses return what is to be minimised, and a dict of numbers to log.
+    """
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
-        args = self.args = validate(args)  # a lambda that is None would silently be no PAVE
+        self.args = args = validate(args)  # looks up the lambdas that are None
         self.device = device
         self.actor = Actor(observation_dim, action_dim)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
@@ -465,13 +481,16 @@ class Agent(nn.Module):
         # PAVE uses the first rows of a minibatch, by default all of them; plain TD3 uses none.
         use_pave = args.autotune_curv or args.lambda_mpr > 0 or args.lambda_vfc > 0 or args.lambda_curv > 0
         self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0
-        # Tensors, so that a recorded CUDA graph sees a change; not in checkpoints, so that a run's flags decide.
-        for name in ("lambda_mpr", "lambda_vfc", "mpr_sigma", "curv_delta"):
-            self.register_buffer(name, torch.tensor(getattr(args, name)), persistent=False)
+        # PAVE's numbers are tensors, which a recorded CUDA graph reads anew each time, and in which the agents of a
+        # population can differ. They are not in the checkpoint: the settings say what they are.
+        self.register_buffer("lambda_mpr", torch.tensor(args.lambda_mpr), persistent=False)
+        self.register_buffer("lambda_vfc", torch.tensor(args.lambda_vfc), persistent=False)
         self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv), persistent=args.autotune_curv)
-        if args.autotune_curv:
+        self.register_buffer("mpr_sigma", torch.tensor(args.mpr_sigma), persistent=False)
+        self.register_buffer("curv_delta", torch.tensor(args.curv_delta), persistent=False)
+        if args.autotune_curv:  # then lambda_curv is learnt, and in the checkpoint
             self.curv_autotuner = CurvAutotuner(args.target_concavity, action_dim)
-            self.register_buffer("gradient_scale", torch.zeros(()))  # see CurvAutotuner
+            self.register_buffer("gradient_scale", torch.zeros(()))
         self.to(device)
 
         self.critic_parameters = list(self.critics.parameters())
@@ -480,7 +499,7 @@ class Agent(nn.Module):
         self.q_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.q_lr, **adam)
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.policy_lr, **adam)
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
-        self.backward = CompiledOrEager(backward) if args.compile else backward
+        self.backward = CompiledOrEager(backward) if args.compile else backward  # the same function, only faster
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
@@ -500,14 +519,14 @@ class Agent(nn.Module):
         probe = rademacher_like(batch.actions[:n])
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
-        self.q_optimizer.zero_grad()  # after the step: gradients left from one loss would make the other compile again
+        self.q_optimizer.zero_grad()  # after the step, not before it, for torch.compile's sake
         if self.args.autotune_curv:
             self.curv_autotuner.step(self.lambda_curv, self.gradient_scale, metrics)
         if update_actor:
             metrics |= self.backward(self.actor_loss, self.actor_parameters, batch)
             self.actor_optimizer.step()
             self.actor_optimizer.zero_grad()
-            with torch.no_grad():  # Polyak averaging
+            with torch.no_grad():  # Polyak averaging: target += tau (network - target)
                 torch._foreach_lerp_(list(self.critic_targets.parameters()), self.critic_parameters, self.args.tau)
                 torch._foreach_lerp_(list(self.actor_target.parameters()), self.actor_parameters, self.args.tau)
         return metrics
@@ -533,29 +552,26 @@ class Agent(nn.Module):
 
     def one_critic_loss(self, critic: QNetwork, batch: Batch, target, state_noise, probe):
         """TD + lambda_mpr MPR + lambda_vfc VFC + lambda_curv Curv of one critic; and what to log."""
-        observations, next_observations, actions, _, _ = batch
-        n = self.pave_rows
-        pave_loss, metrics = 0.0, {}
-        q_values = critic(observations[n:], actions[n:])  # of the rows that PAVE does not use: by default none
-        if n > 0:
-            lambda_curv, delta = self.lambda_curv, self.curv_delta
-            if self.args.autotune_curv:
-                lambda_curv, delta = self.curv_autotuner.scaled(lambda_curv, delta, self.gradient_scale)
-                metrics["losses/lambda_curv"] = lambda_curv
-            pave = pave_losses(critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, delta)
-            pave_loss = self.lambda_mpr * pave.mpr + self.lambda_vfc * pave.vfc + lambda_curv * pave.curvature
-            q_values = torch.cat([pave.q_values, q_values])  # PAVE's own pass has Q of its rows
-            metrics["losses/mpr"] = pave.mpr
-            metrics["losses/vfc"] = pave.vfc
-            metrics["losses/curvature"] = pave.curvature
-            metrics["geometry/vhv"] = pave.vhv.mean()
-            metrics["geometry/concave_fraction"] = (pave.vhv < 0).float().mean()
-            metrics["geometry/margin_fraction"] = (pave.vhv < -delta).float().mean()
-            metrics["geometry/action_gradient"] = pave.gradient.square().mean().sqrt()
+        if self.pave_rows > 0:
+            q_values, pave_loss, metrics = self.pave_terms(critic, batch, state_noise, probe)
+        else:
+            q_values, pave_loss, metrics = critic(batch.observations, batch.actions), 0.0, {}
         td_loss = F.mse_loss(q_values, target)
         metrics["losses/qf_loss"] = td_loss
         metrics["losses/q_values"] = q_values.mean()
         return td_loss + pave_loss, metrics  # SAC's paper halves TD, TD3's does not
+
+    def pave_terms(self, critic: QNetwork, batch: Batch, state_noise, probe):
+        """Q(s, a) (B,) of the whole minibatch; the three weighted PAVE losses of its first rows; and what to log."""
+        observations, next_observations, actions, _, _ = batch
+        n = self.pave_rows
+        weight, margin = self.lambda_curv, self.curv_delta
+        if self.args.autotune_curv:
+            weight, margin = self.curv_autotuner.scaled(weight, margin, self.gradient_scale)
+        other_q_values = critic(observations[n:], actions[n:])  # none by default; with --pave-batch-size TD needs them
+        pave = pave_losses(critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, margin)
+        loss = self.lambda_mpr * pave.mpr + self.lambda_vfc * pave.vfc + weight * pave.curvature
+        return torch.cat([pave.q_values, other_q_values]), loss, pave_metrics(pave, weight, margin)
 
     def actor_loss(self, batch: Batch):
         """Plain TD3: mean of -Q1(s, pi(s)); and what to log."""
@@ -564,11 +580,28 @@ class Agent(nn.Module):
         return loss, {"losses/actor_loss": loss}
 
 
-class CurvAutotuner:
-    """--autotune-curv (ours, not the paper's; off by default): finds lambda_curv, whatever the scale of the rewards.
+def pave_metrics(pave: PaveLosses, weight, margin) -> dict:
+    """What to log of one critic's PAVE losses; weight, margin: of Curv."""
+    return {
+        "losses/mpr": pave.mpr,
+        "losses/vfc": pave.vfc,
+        "losses/curvature": pave.curvature,
+        "losses/lambda_curv": weight,
+        "geometry/vhv": pave.vhv.mean(),
+        "geometry/negative_fraction": (pave.vhv < 0).float().mean(),
+        "geometry/margin_fraction": (pave.vhv < -margin).float().mean(),
+        "geometry/action_gradient": pave.gradient.square().mean().sqrt(),
+    }
 
-    What it aims at: a share of the samples, target_concavity, with v^T H v below -margin. lambda_curv rises while fewer
-    are, and falls while more are (dual ascent, as SAC tunes alpha).
+
+# ======== --autotune-curv: finds lambda_curv. Ours, not the paper's, off by default: may be skipped.
+
+
+class CurvAutotuner:
+    """Finds lambda_curv, whatever the scale of the rewards.
+
+    What it aims at: that Curv's condition, v^T H v < -margin, holds for a share of the samples, target_concavity.
+    lambda_curv rises while it holds for fewer, and falls while it holds for more (dual ascent, as SAC tunes alpha).
 
     Units. Multiply the rewards by c: Q, v^T H v and grad_a Q grow c-fold; TD, MPR and VFC c^2-fold, Curv only c-fold.
     So both the weight of Curv and its margin are taken in units of the gradient: g, a running mean of the RMS of
@@ -581,13 +614,13 @@ class CurvAutotuner:
         1. H = -mu I, and v_i^2 = 1, so that v^T H v = -mu d_a for every probe.
         2. grad_a Q = -mu (a - a*), so that g = mu r, where r is the RMS of the distances a_i - a*_i.
         3. v^T H v < -margin  says  mu d_a > delta mu r d_a / 2,  which is  r < 2 / delta.
-    Actions and a maximum inside [-1, 1] are at most 2 apart. So with delta = 1 every such paraboloid meets the margin,
-    however flat. What does not is a Q whose gradient is too large for its curvature: a slope that goes on beyond the
-    action's limits, where there is no maximum to be sharp.
+    Actions and a maximum inside [-1, 1] are at most 2 apart. So with delta = 1 every such paraboloid meets the
+    condition, whatever its mu: Q has no absolute scale, and so no absolute curvature. What fails it is a Q whose
+    gradient is too large for its curvature: a slope that goes on beyond the action's limits, without a maximum inside.
     """
 
-    RATE = 0.006  # of the logarithm of lambda_curv, an update
-    AVERAGING = 0.005  # g is the mean of some 200 updates
+    RATE = 0.006  # in an update, log lambda_curv moves by this times the share that is missing
+    AVERAGING = 0.005  # in an update, g moves by this share towards the newest RMS: a mean over some 200 updates
 
     def __init__(self, target_concavity: float, action_dim: int):
         self.target_concavity, self.action_dim = target_concavity, action_dim
@@ -605,7 +638,7 @@ class CurvAutotuner:
         gradient_scale.lerp_(metrics["geometry/action_gradient"], self.AVERAGING)
 
 
-# ======== THE MACHINERY, from here to the end: a reader of the method may stop. Evaluation first.
+# ======== THE MACHINERY, from here to the end: a reader of the method stops here. First, evaluation.
 
 EVALUATION_SEED = 10_000  # of an evaluation's first episode; training's seeds are above 2^20
 
@@ -672,7 +705,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
     }
 
 
-# ======== SPEED: the update compiled, and on CUDA recorded as a graph; neither changes what it computes.
+# ======== SPEED: the update compiled, and on CUDA recorded as a graph: the same up to rounding.
 
 
 class CompiledOrEager:
@@ -948,7 +981,8 @@ def train(args: Args, make_agent=Agent) -> Path:
     if args.compile:
         tqdm.write("the first updates wait for torch.compile, up to a minute (--no-compile: no wait, slower updates)")
     bar = tqdm(total=args.total_timesteps, initial=start, unit="step", file=sys.stdout, disable=None)
-    completed = saved_at = start  # steps whose transition is in the buffer; and in a checkpoint
+    completed = start  # the last step whose transition is in the buffer
+    saved_at = start  # the last step of which there is a checkpoint
     steps_per_second, began = 0.0, time.time()
     metrics, evaluation, over = {}, {}, True
 
@@ -980,8 +1014,9 @@ def train(args: Args, make_agent=Agent) -> Path:
                 else:
                     action = agent.explore(observation)
                     require(np.isfinite(action).all(), f"step {step:,}: {DIVERGED} (a NaN action)")
-                    metrics |= update(buffer.sample(args.batch_size), step % args.policy_frequency == 0)
-                with saving_if_it_fails(save_after_failure):  # the env's step, while a GPU is at the update
+                    update_actor = step % args.policy_frequency == 0
+                    metrics |= update(buffer.sample(args.batch_size), update_actor)  # the actor's stay until its next
+                with saving_if_it_fails(save_after_failure):  # after the update, so that a GPU works meanwhile
                     next_observation, reward, terminated, truncated, _ = env.step(action)
                 buffer.add(observation, next_observation, action, reward, terminated)
                 observation, over, completed = next_observation, terminated or truncated, step

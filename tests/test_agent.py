@@ -114,7 +114,7 @@ def test_pave_adds_its_weighted_terms_of_both_critics_at_the_first_rows(float64,
     vhv = torch.cat([t.vhv for t in terms])
     assert 0 < (vhv < -margin).sum() < (vhv < 0).sum() < len(vhv)
     expected |= {"losses/mpr": (terms[0].mpr + terms[1].mpr) / 2, "geometry/vhv": vhv.mean()}
-    expected["geometry/concave_fraction"] = (vhv < 0).float().mean()
+    expected["geometry/negative_fraction"] = (vhv < 0).float().mean()
     if scale:
         gradients = [t.gradient.square().mean().sqrt() for t in terms]
         expected |= {"losses/lambda_curv": torch.tensor(weight), "geometry/action_gradient": sum(gradients) / 2}

@@ -84,8 +84,8 @@ def test_a_run_leaves_what_the_readme_promises(script, small_args, monkeypatch):
     curves = EventAccumulator(str(run_dir)).Reload()
     expected = {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS")}
     expected |= {f"eval/{x}" for x in ("return", "smoothness", "oscillation", "length")}
-    expected |= {f"losses/{x}" for x in ("qf_loss", "mpr", "vfc", "curvature", "actor_loss", "q_values")}
-    expected |= {f"geometry/{x}" for x in ("vhv", "concave_fraction", "margin_fraction", "action_gradient")}
+    expected |= {f"losses/{x}" for x in ("qf_loss", "mpr", "vfc", "curvature", "lambda_curv", "actor_loss", "q_values")}
+    expected |= {f"geometry/{x}" for x in ("vhv", "negative_fraction", "margin_fraction", "action_gradient")}
     expected |= {"losses/alpha", "losses/entropy"} if script.SCRIPT.startswith("sac") else set()
     assert set(curves.Tags()["scalars"]) == expected
     assert [event.step for event in curves.Scalars("eval/return")] == [200, 400, 450]
