@@ -1,6 +1,7 @@
-"""What the tools here share: runs of both scripts read and played, the machine's name, errors of one line."""
+"""What the tools here share: runs of both scripts read, named and played, the machine's name, errors of one line."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -22,8 +23,7 @@ from sac_pave_continuous import UserError, require
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {script.SCRIPT: script for script in (sac_pave_continuous, td3_pave_continuous)}
-# Settings, by how they begin, in which trainings of the same thing may differ
-FREE = ("output_dir", "resume", "eval_", "checkpoint_interval", "cuda", "torch_", "compile")
+WRAPPERS = ("filter", "penalty")  # namespaces of env ids: the rivals of PAVE that are wrappers around an env
 USER_ERRORS = (UserError, td3_pave_continuous.UserError, OSError)  # OSError: a folder not writable, say
 
 
@@ -49,6 +49,12 @@ class Run:
     actor: torch.nn.Module  # script.Actor, float32 as trained
     critic: torch.nn.Module | None  # script.QNetwork Q1, float64, since it is only differentiated
     step: int  # env steps of training
+    action_dim: int
+    origin: dict | None  # of a warm-started run: its source's "run", "step", "args" and "origin"
+
+    @property
+    def identity(self) -> str:
+        return identity(self.script, vars(self.args), self.origin)
 
 
 def read_json(path: Path) -> dict:
@@ -59,15 +65,86 @@ def read_json(path: Path) -> dict:
         return {}
 
 
-def method_of(script: ModuleType, args: dict) -> str:
-    """base, pave, untuned (also what an env without tuned lambdas takes), auto, caps, ablation-ijk or own."""
-    if "caps_temporal" in args or args["autotune_curv"]:
-        return "caps" if "caps_temporal" in args else "auto"
-    lambdas, env = tuple(args[name] for name in script.LAMBDAS), re.sub(r"-v\d+$", "", args["env_id"])
-    tuned = script.TUNED_LAMBDAS.get(env)
+# ----------------------------------------------------------------------------------------- what a run is, and its names
+
+
+def settings_of(script: ModuleType, args: dict) -> dict:
+    """What makes another training, where it differs from the script's default; without seed and number of steps.
+
+    So a flag that came later changes nothing while it is at its default; one that is gone by now stays.
+    """
+    defaults, settings = vars(script.Args()), {}
+    for name, value in sorted(args.items()):
+        free = name in script.FREE_SETTINGS or name in ("seed", "total_timesteps")
+        if not free and value != defaults.get(name):
+            whole = isinstance(value, float) and value.is_integer()
+            settings[name] = int(value) if whole else value  # 2.0 and 2 are one setting
+    return settings
+
+
+def identity(script: ModuleType, args: dict, origin: dict | None) -> str:
+    """What a training is, in 12 hex digits: its settings and where it began; all seeds of one thing have the same.
+
+    args: the training's settings by name. origin: None from scratch; of a warm-started run its source's "args", "step"
+    and "origin": a source is what it was itself, not a path.
+    """
+    about = {"script": script.SCRIPT, "settings": settings_of(script, args), "origin": None}
+    if origin:
+        about["origin"] = [identity(script, origin["args"], origin.get("origin")), origin["step"]]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def unwrap(env_id: str) -> tuple[str, str]:
+    """The namespace, filter or penalty, and the env inside: benchmarks.envs:filter/Pendulum-v1 is Pendulum-v1 filtered.
+
+    "" and the id itself for any other.
+    """
+    wrapped = re.fullmatch(rf"(?:.*:)?({'|'.join(WRAPPERS)})/(.*)", env_id)
+    return (wrapped[1], wrapped[2]) if wrapped else ("", env_id)
+
+
+def method_of(script: ModuleType, args: dict, origin: dict | None = None) -> str:
+    """A training's name: base, pave, untuned (also what an env without tuned lambdas takes), auto, caps, ablation-ijk,
+    own; in a wrapped env filter, penalty, filter+pave, ...; after a warm start base-then-pave, ...
+
+    args: its settings, each that the script knows; origin: as of `identity`.
+    """
+    if origin:
+        source = method_of(script, vars(script.Args()) | origin["args"], origin.get("origin"))
+        return f"{source}-then-{method_of(script, args)}"
+    method, (wrapper, _) = critic_method(script, args), unwrap(args["env_id"])
+    if wrapper:
+        return wrapper if method == "base" else f"{wrapper}+{method}"
+    return method
+
+
+def critic_method(script: ModuleType, args: dict) -> str:
+    """What is done to the critic (or, by CAPS, to the actor): see method_of."""
+    if "caps_temporal" in args:
+        return "caps"
+    if args["autotune_curv"]:
+        return "auto"
+    lambdas = tuple(args[name] for name in script.LAMBDAS)
+    tuned = script.TUNED_LAMBDAS.get(script.env_name(args["env_id"]))
     names = {(0, 0, 0): "base", script.UNTUNED_LAMBDAS: "untuned", tuned: "pave"}
-    ablated = all(value in (0, whole) for value, whole in zip(lambdas, tuned or script.UNTUNED_LAMBDAS, strict=True))
-    return names.get(lambdas, "ablation-" + "".join(str(int(value > 0)) for value in lambdas) if ablated else "own")
+    if lambdas in names:
+        return names[lambdas]
+    whole = tuned or script.UNTUNED_LAMBDAS
+    switched = all(value in (0, full) for value, full in zip(lambdas, whole, strict=True))
+    return "ablation-" + "".join(str(int(value > 0)) for value in lambdas) if switched else "own"
+
+
+def origin_text(script: ModuleType, origin: dict | None) -> str:
+    """Where a run began, for readers: "base seed 1 at 25,000"; a chain is joined by "then"; "" from scratch."""
+    if not origin:
+        return ""
+    source = vars(script.Args()) | origin["args"]
+    told = f"{method_of(script, source)} seed {source['seed']} at {origin['step']:,}"
+    before = origin_text(script, origin.get("origin"))
+    return f"{before}, then {told}" if before else told
+
+
+# ---------------------------------------------------------------------------------------------------- reading, playing
 
 
 def load_run(path: Path, need_critic: bool = True) -> Run:
@@ -80,15 +157,19 @@ def load_run(path: Path, need_critic: bool = True) -> Run:
         script = SCRIPTS[saved["script"]]
         weights = saved.get("agent") or {f"actor.{name}": value for name, value in saved["actor"].items()}
         algorithm, outputs = script.SCRIPT.partition("_")[0], len(weights["actor.net.4.bias"])
-        sizes = weights["actor.net.0.weight"].shape[1], outputs // 2 if algorithm == "sac" else outputs  # mean, std
-        actor = with_weights(script.Actor(*sizes), weights, "actor.")
-        critic = with_weights(script.QNetwork(*sizes), weights, "critics.0.").double() if need_critic else None
-        args = vars(script.Args()) | saved["args"] | read_json(path / "caps.json")  # where CAPS once kept its weights
-        method = method_of(script, args)
+        observation_dim = weights["actor.net.0.weight"].shape[1]
+        action_dim = outputs // 2 if algorithm == "sac" else outputs  # SAC's: mean and standard deviation
+        actor = with_weights(script.Actor(observation_dim, action_dim), weights, "actor.")
+        critic = None
+        if need_critic:
+            critic = with_weights(script.QNetwork(observation_dim, action_dim), weights, "critics.0.").double()
+        args, origin = vars(script.Args()) | saved["args"], saved.get("origin")
+        method = method_of(script, args, origin)
     except Exception as error:
         cause = " ".join(repr(error).split())[:200]
         raise UserError(f"cannot read {file}: damaged, or not of {' or '.join(SCRIPTS)} ({cause})") from error
-    return Run(path, algorithm, method, script, SimpleNamespace(**args), actor, critic, saved["step"])
+    settings = SimpleNamespace(**args)
+    return Run(path, algorithm, method, script, settings, actor, critic, saved["step"], action_dim, origin)
 
 
 def with_weights(network: torch.nn.Module, weights: dict, prefix: str) -> torch.nn.Module:
@@ -101,8 +182,8 @@ class Episode(NamedTuple):
     """What truly happened in one episode of T steps."""
 
     observations: np.ndarray  # (T, d_s) float32, raw, without noise; without the last one, never acted on
-    actions: np.ndarray  # (T, d_a) float32, in [-1, 1]
-    env_actions: np.ndarray  # (T, d_a), in the env's own units
+    actions: np.ndarray  # (T, d_a) float32, in [-1, 1]: the policy's
+    env_actions: np.ndarray  # (T, d_a), in the env's own units: what the robot got, behind a filter, say
     rewards: np.ndarray  # (T,)
 
 
@@ -111,7 +192,7 @@ class Recorder(gym.Wrapper):
 
     def __init__(self, env: gym.Env, noise):
         super().__init__(env)
-        self.noise, self.episodes, self.action = noise, [], env.action
+        self.noise, self.episodes = noise, []
 
     def noisy(self):
         return np.float32(self.observation + self.rng.uniform(-1, 1, self.observation.shape) * self.noise)
@@ -126,8 +207,15 @@ class Recorder(gym.Wrapper):
     def step(self, action):
         seen = self.observation
         self.observation, reward, *rest = self.env.step(action)
-        self.episodes[-1].append((seen, action, self.action(action).ravel(), reward))
+        sent_action = np.ravel(self.env.get_wrapper_attr("sent_action"))
+        self.episodes[-1].append((seen, action, sent_action, reward))
         return self.noisy(), reward, *rest
+
+
+def evaluation_env(run: Run) -> gym.Env:
+    """The env in which a run is evaluated: its own, or the one that this names (a penalty's, without the penalty)."""
+    with run.script.make_env(run.args.env_id) as env:
+        return run.script.make_evaluation_env(run.args.env_id, env)
 
 
 def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Episode], dict[str, float]]:
@@ -138,14 +226,14 @@ def rollout(run: Run, env: gym.Env, episodes: int, noise=0.0) -> tuple[list[Epis
 
 
 def machine() -> dict[str, str | None]:
-    """What a measurement made here and now depends on: machine, torch, commit."""
+    """What a measurement made here and now depends on: machine, torch, commit, preload (a library, README.md here)."""
 
     def told(command: str) -> str:  # "" where it isn't installed: that error is the shell's
         return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     model = told("grep -m 1 'model name' /proc/cpuinfo").partition(": ")[2]
-    parts = [model or platform.machine(), f"{os.cpu_count()} cores"]
-    parts += told("nvidia-smi --query-gpu=name --format=csv,noheader").splitlines()[:1]
-    parts += [f"LD_PRELOAD={os.environ['LD_PRELOAD']}"] if "LD_PRELOAD" in os.environ else []  # see README.md here
+    gpus = told("nvidia-smi --query-gpu=name --format=csv,noheader").splitlines()
+    parts = [model or platform.machine(), f"{os.cpu_count()} cores", *gpus[:1]]
     commit = told("git describe --always --dirty --abbrev=40 --exclude='*'")
-    return {"machine": ", ".join(parts), "torch": torch.__version__, "commit": commit or None}
+    about = {"machine": ", ".join(parts), "torch": torch.__version__, "commit": commit or None}
+    return about | {"preload": os.environ.get("LD_PRELOAD")}

@@ -13,7 +13,6 @@ number of episodes, is kept. What the numbers are:
     m_sup, m_mean           ||d2Q/dsda||_2, largest and mean: how fast the action gradient turns with s
     neg_def                 share of concave states: d2Q/da2 is negative definite, as at a strict maximum
     mu_inf                  smallest |lambda_max(d2Q/da2)| over the concave states
-    trace_abs_inf           smallest |tr d2Q/da2| over all states: the paper's release reports it for mu; bounds nothing
     cosine_mean, flip_rate  cosine of grad_a Q1 at consecutive steps of an episode: mean, and share below 0
     actor_jacobian_sup      largest ||dpi/ds||_2 of the actor itself
     bound_sup               M/mu = m_sup / mu_inf, the theorem's bound on the greedy policy's slope
@@ -21,6 +20,7 @@ number of episodes, is kept. What the numbers are:
     robustness              return, smoothness and length where the policy sees each observation with uniform noise of
                             +-level standard deviations of what a uniformly random policy visits, the same for every
                             run of an env; the env steps from the true state
+    random_return           mean return of that random policy, from the same starts
 
 Geometry is exact (no finite difference, no probe), in float64, of the first critic Q1 at every visited (s, pi(s)), with
 actions in [-1, 1] and raw observations, as both networks see them. What is defined nowhere is null.
@@ -46,8 +46,8 @@ from torch.linalg import matrix_norm
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.common import Episode, Run, load_run, read_json, require, rollout, user_errors
-from sac_pave_continuous import action_gradient
+from benchmarks.common import Episode, Run, evaluation_env, load_run, read_json, require, rollout, user_errors
+from sac_pave_continuous import EVALUATION_SEED, action_gradient
 
 VERSION = 2  # of what evaluation.json holds: raise it with every change to how a number is computed
 NOISE_LEVELS = (0.01, 0.025, 0.05, 0.1)  # the paper's, in standard deviations of each observation dimension
@@ -84,10 +84,10 @@ def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
         gradients = action_gradient(critic, observations, actions)[0]
         cosines = F.cosine_similarity(gradients[:-1], gradients[1:], dim=1)  # never across two episodes
         outward = ((actions.abs() > LIMIT) & (gradients * actions > 0)).any(dim=1)
-        largest, trace = torch.linalg.eigvalsh(hessians)[:, -1], hessians.diagonal(dim1=1, dim2=2).sum(-1)
+        largest = torch.linalg.eigvalsh(hessians)[:, -1]
         slopes = matrix_norm(actor_jacobians(observations), ord=2)
-        columns.append((matrix_norm(mixed, ord=2), largest, trace, slopes, outward.double(), cosines))
-    mixed, largest, trace, slopes, outward, cosines = map(torch.cat, zip(*columns, strict=True))
+        columns.append((matrix_norm(mixed, ord=2), largest, slopes, outward.double(), cosines))
+    mixed, largest, slopes, outward, cosines = (torch.cat(parts) for parts in zip(*columns, strict=True))
     concave = largest < 0
     mu = -largest[concave]
     mu_inf = mu.min() if len(mu) else torch.tensor(math.nan)
@@ -96,7 +96,6 @@ def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
         "m_sup": mixed.max(),
         "m_mean": mixed.mean(),
         "mu_inf": mu_inf,
-        "trace_abs_inf": trace.abs().min(),
         "neg_def": concave.double().mean(),
         "cosine_mean": cosines.mean(),
         "flip_rate": (cosines < 0).double().mean(),
@@ -107,17 +106,22 @@ def geometry(actor, critic, episodes: list[Episode]) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-def noise_std(env: gym.Env) -> np.ndarray:
-    """Standard deviations (d_s,) of what a uniformly random policy visits: same starts and actions at every call."""
+def random_policy(env: gym.Env) -> tuple[np.ndarray, float]:
+    """Standard deviations (d_s,) of what a uniformly random policy visits, and its mean return, over ten episodes.
+
+    The starts are those of evaluate(), and the actions are the same at every call.
+    """
     env.action_space.seed(0)
-    observations = []
+    observations, returns = [], []
     for episode in range(10):
-        observation, over = env.reset(seed=10_000 + episode)[0], False
+        observation, total, over = env.reset(seed=EVALUATION_SEED + episode)[0], 0.0, False
         while not over:
             observations.append(observation)
-            observation, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            observation, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total += reward
             over = terminated or truncated
-    return np.std(observations, axis=0, dtype=np.float64)
+        returns.append(total)
+    return np.std(observations, axis=0, dtype=np.float64), float(np.mean(returns))
 
 
 def about(step: int, episodes: int) -> dict:
@@ -127,13 +131,14 @@ def about(step: int, episodes: int) -> dict:
 
 def evaluate_run(run: Run, episodes: int = 10) -> dict:
     """What evaluation.json holds."""
-    with run.script.make_env(run.args.env_id) as env:
-        deviations, played = noise_std(env), {}
+    with evaluation_env(run) as env:
+        deviations, random_return = random_policy(env)
+        played = {}
         for level in tqdm((0, *NOISE_LEVELS), desc=run.path.name, unit="level", disable=None, leave=False):
             played[level] = rollout(run, env, episodes, level * deviations)
     visited, metrics = played.pop(0)
     saturated = np.abs(np.concatenate([episode.actions for episode in visited])) > LIMIT
-    values = metrics | {"saturation": saturated.mean()}
+    values = metrics | {"saturation": saturated.mean(), "random_return": random_return}
     values |= geometry(copy.deepcopy(run.actor).double(), run.critic, visited)
     values = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
     kept = ("return_mean", "smoothness_mean", "length_mean")

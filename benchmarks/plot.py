@@ -23,11 +23,19 @@ from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.linalg import matrix_norm
 
-from benchmarks.common import FREE, Episode, Run, load_run, require, rollout, user_errors
+from benchmarks import common
+from benchmarks.common import Episode, Run, evaluation_env, load_run, require, rollout, user_errors
 from benchmarks.evaluate import critic_hessians
 
-METHODS = ("base", "pave", "untuned", "caps", "auto")  # each has its own colour, whatever else is in the figure
-COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000")  # Okabe-Ito: colour-blind safe
+COLOURS = {  # each method has its own, whatever else is in the figure; the first seven are Okabe and Ito's
+    "base": "#D55E00", "pave": "#0072B2", "untuned": "#E69F00", "caps": "#56B4E9", "auto": "#009E73",
+    "filter": "#CC79A7", "penalty": "#000000", "filter+pave": "#7A3E9D", "own": "#8C6D31",
+}  # fmt: skip
+METHODS = tuple(COLOURS)
+LEGEND = {  # the methods in words
+    "base": "plain", "pave": "PAVE, tuned λ", "untuned": "PAVE, untuned λ", "own": "PAVE, λ by hand",
+    "auto": "PAVE, auto", "caps": "CAPS", "filter": "filter", "penalty": "penalty", "filter+pave": "filter + PAVE",
+}  # fmt: skip
 WIDTH = 9.0  # inches; 900 px at 100 dpi
 STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (observation, normalised action) and points
 AXES = {
@@ -53,7 +61,11 @@ Dimension = Annotated[int | None, tyro.conf.arg(help="action to trace; default: 
 
 def settings_of(run: Run) -> dict:
     """What makes a training: all seeds of a group have the same."""
-    return {k: v for k, v in vars(run.args).items() if not k.startswith(("seed", *FREE))} | {"steps trained": run.step}
+    settings = common.settings_of(run.script, vars(run.args)) | {"steps trained": run.step}
+    if run.origin:
+        source = common.identity(run.script, run.origin["args"], run.origin.get("origin"))
+        settings["origin"] = (source, run.origin["step"])
+    return settings
 
 
 def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
@@ -65,9 +77,12 @@ def open_runs(paths, labels=(), need_critic=False) -> list[tuple[str, Run]]:
     envs = sorted({run.args.env_id for run in runs})
     require(len(envs) == 1, f"the runs are on different envs ({', '.join(envs)}): plot one env at a time")
     shown = list(zip(labels or [f"{run.algorithm.upper()} {run.method}" for run in runs], runs, strict=True))
-    first = {label: settings_of(run) for label, run in reversed(shown)}
+    first = {}
     for label, run in shown:
-        differing = ", ".join(sorted({name for name, _ in first[label].items() ^ settings_of(run).items()}))
+        settings = settings_of(run)
+        expected = first.setdefault(label, settings)
+        names = sorted(settings.keys() | expected.keys())
+        differing = ", ".join(name for name in names if settings.get(name) != expected.get(name))
         require(not differing, f"the runs of {label} differ in {differing}: tell them apart by --labels")
     return shown
 
@@ -79,19 +94,20 @@ def name_seeds(shown) -> list[tuple[str, Run]]:
 
 
 def colours_of(labels) -> dict[str, str]:
-    """A method has its own colour; SAC and TD3 in one panel, or labels of the user's, have theirs in order."""
+    """A method has its own colour; SAC and TD3 in one panel, or labels of the user's, have them in order."""
     labels = list(dict.fromkeys(labels))
-    fit = len(labels) <= len(COLOURS)
-    require(fit, f"{len(labels)} lines in one figure, {len(COLOURS)} colours: plot fewer, or label seeds alike")
     methods = [label.rpartition(" ")[2] for label in labels]
-    own = set(methods) <= set(METHODS) and len(set(methods)) == len(methods)
-    return dict(zip(labels, [COLOURS[METHODS.index(m)] for m in methods] if own else COLOURS, strict=False))
+    if set(methods) <= set(METHODS) and len(set(methods)) == len(methods):
+        return {label: COLOURS[method] for label, method in zip(labels, methods, strict=True)}
+    if len(labels) <= len(COLOURS):
+        return dict(zip(labels, COLOURS.values(), strict=False))
+    return dict(zip(labels, plt.get_cmap("turbo")(np.linspace(0, 1, len(labels))), strict=True))
 
 
 def play(run: Run, episode: int) -> Episode:
     """The `episode`th, from 0, of those that evaluate() plays, the same start for every run."""
     require(episode >= 0, f"--episode is {episode}; it must be 0 or more")
-    with run.script.make_env(run.args.env_id) as env:
+    with evaluation_env(run) as env:
         return rollout(run, env, episode + 1)[0][episode]
 
 
@@ -115,27 +131,27 @@ def save(figure, output: Path) -> None:
 
 
 def pairs_of_panels(rows: pd.DataFrame, title: str):
-    """A figure with two panels for each algorithm; and of each method (panels, name, name in a legend, rows)."""
+    """A figure with two panels for each algorithm; and of each line (panels, name, name in a legend, rows)."""
     algorithms, parts = list(rows.groupby("algorithm")), []
     figure, axes = plt.subplots(len(algorithms), 2, figsize=(WIDTH, 0.7 + 3.1 * len(algorithms)), squeeze=False)
     figure.suptitle(title)
     for line, (algorithm, runs) in zip(axes, algorithms, strict=True):
         line[0].set_title(algorithm.upper(), loc="left")
-        for method, seeds in runs.groupby("method", sort=False):
+        for name, seeds in runs.groupby("line", sort=False):
             length = seeds["length_mean"].median()  # sm depends on it
-            label = method if np.isnan(length) else f"{method} ({length:,.0f} steps)"
-            parts.append((line, method, label, seeds))
+            label = name if np.isnan(length) else f"{name} ({length:,.0f} steps)"
+            parts.append((line, name, label, seeds))
     return figure, parts
 
 
 def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
-    """Return against sm and oscillation: a dot is a seed, a ring their median."""
+    """Return against oscillation and sm: a dot is a seed, a ring their median."""
     figure, parts = pairs_of_panels(rows, title)
-    colours = colours_of(rows["method"])
-    for axes, method, label, seeds in parts:
-        for axis, measure in zip(axes, ("smoothness_mean", "oscillation"), strict=True):
-            axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colours[method], linewidth=0, alpha=0.7)
-            ring = {"markersize": 11, "markerfacecolor": "none", "color": colours[method]}
+    colours = colours_of(rows["line"])
+    for axes, name, label, seeds in parts:
+        for axis, measure in zip(axes, ("oscillation", "smoothness_mean"), strict=True):
+            axis.scatter(seeds[measure], seeds["return_mean"], s=20, color=colours[name], linewidth=0, alpha=0.7)
+            ring = {"markersize": 11, "markerfacecolor": "none", "color": colours[name]}
             axis.plot(*seeds[[measure, "return_mean"]].median(), "o", label=label, **ring)
             axis.set(xlabel=AXES[measure], ylabel=AXES["return_mean"])
             axis.set_xlim(0, 1.08 * axis.dataLim.xmax)
@@ -155,15 +171,71 @@ def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     measured = rows.filter(like="return_mean@").dropna(axis=1, how="all")
     levels = sorted(float(name.partition("@")[2]) for name in measured)
     figure, parts = pairs_of_panels(rows, title)
-    colours = colours_of(rows["method"])
-    for axes, method, label, seeds in parts:
+    colours = colours_of(rows["line"])
+    for axes, name, label, seeds in parts:
         for axis, measure in zip(axes, ("return_mean", "smoothness_mean"), strict=True):
             curves = seeds[[measure, *(f"{measure}@{level:g}" for level in levels)]].dropna().to_numpy(float)
             if len(curves):
-                draw_seeds(axis, (0, *levels), curves, colours[method], label)
+                draw_seeds(axis, (0, *levels), curves, colours[name], label)
             axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=AXES[measure])
         axes[0].legend(fontsize=8)
         axes[1].set_ylim(bottom=0)
+    return figure
+
+
+def effect_figure(dots: pd.DataFrame) -> plt.Figure:
+    """Oscillation over plain's median, a row for each task, a lane in it for each method, a dot for each seed.
+
+    dots, a row for each seed: task (its label), action_dim, line (its lane), method (its colour), ratio (> 0), worse
+    (whether it is hollow). Tasks are in the order of the table, with a heading where action_dim changes.
+    """
+    lane, gap, heading = 1.0, 0.9, 1.5  # heights, in lanes
+    figure, axis = plt.subplots(figsize=(WIDTH, 1))
+    y, ticks, names, dimension = 0.0, [], [], object()
+    for task, runs in dots.groupby("task", sort=False):
+        if runs["action_dim"].iloc[0] != dimension:
+            dimension = runs["action_dim"].iloc[0]
+            y += heading
+            told = "action of unknown size" if np.isnan(dimension) else f"{dimension:.0f} action dimension"
+            told += "s" * bool(dimension > 1)
+            axis.text(0.004, y - 0.35, told, transform=axis.get_yaxis_transform(), fontsize=8, color="#777777")
+        top = y
+        for _, seeds in runs.groupby("line", sort=False):
+            colour = COLOURS[seeds["method"].iloc[0]]
+            y += lane
+            filled = np.where(seeds["worse"], "none", colour)
+            axis.scatter(seeds["ratio"], [y] * len(seeds), s=26, c=filled, edgecolors=colour, linewidths=1.1, zorder=3)
+            axis.plot([seeds["ratio"].median()] * 2, [y - 0.45, y + 0.45], color=colour, linewidth=2.2, zorder=2)
+        ticks.append((top + y + lane) / 2)
+        names.append(task)
+        axis.axhspan(top + 0.35, y + 0.65, color="#f4f4f4", zorder=0)
+        y += gap
+    axis.axvline(1, color="#333333", linewidth=1.2, zorder=1)
+    axis.set(
+        xscale="log",
+        ylim=(y + 0.3, 0.2),
+        xlabel="oscillation, as a multiple of the median plain agent's; one dot is one seed",
+    )
+    axis.set_yticks(ticks, names, fontsize=8.5)
+    axis.tick_params("y", length=0)
+    axis.grid(False, axis="y")
+    low, high = (edge(dots["ratio"]) for edge in (np.min, np.max))
+    marks = [mark for mark in (0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30) if low / 1.6 <= mark <= high * 1.6]
+    axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    axis.minorticks_off()
+    heads = {"transform": axis.transAxes, "ha": "right", "va": "bottom", "fontsize": 9, "color": "#333333"}
+    axis.text(-0.01, 1.0, "env, agent, training steps", **heads)
+    heads |= {"transform": axis.get_xaxis_transform()}
+    axis.text(0.98, 1.0, "◀ calmer than plain", **heads)
+    axis.text(1.02, 1.0, "more restless ▶", **heads | {"ha": "left"})
+    used = [method for method in METHODS if method in set(dots["method"])]
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[m], label=LEGEND[m]) for m in used]
+    hollow = {"marker": "o", "linestyle": "", "color": "#555555", "markerfacecolor": "none"}
+    handles.append(plt.Line2D([], [], label="hollow: learned less (its return is lower)", **hollow))
+    handles.append(plt.Line2D([], [], color="#555555", marker="|", linestyle="", markersize=10, label="median"))
+    figure.set_size_inches(WIDTH, 1.35 + 0.135 * y)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
+    figure.suptitle("How much does the action still jump from step to step?", fontsize=12)
     return figure
 
 

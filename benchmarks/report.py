@@ -4,11 +4,14 @@
     python -m benchmarks.report OLD/runs.csv runs/sweep --output NEW
 
 An input is an earlier report's runs.csv or a folder of runs that have an evaluation.json (benchmarks.evaluate), such as
-a sweep's. Where two inputs have a run, the later one counts; a run without a result stays in runs.csv, with the reason.
---output gets report.md, its figures, and runs.csv, a row for each run: what it measured, and how it was made. The
-report is made from the runs.csv that it writes, and the figure of saturation from results/saturation.csv, too.
+a sweep's. A run is what its settings, its seed and its start make it, whatever it is called: where two inputs have it,
+the later one counts, and runs of other settings under one name stand in lines of their own. A run without a result
+stays in runs.csv, with the reason.
+--output gets report.md, its figures (effect.png has all tasks in one), and runs.csv, a row for each run: what it
+measured, and how it was made. The report is made from the runs.csv that it writes.
 """
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -20,24 +23,31 @@ import tyro
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from benchmarks import plot
-from benchmarks.common import UserError, load_run, read_json, require, user_errors
-from benchmarks.evaluate import flat
+import sac_pave_continuous
+from benchmarks import common, evaluate, plot
+from benchmarks.common import WRAPPERS, Run, UserError, load_run, read_json, require, user_errors
 
-CELL = ["env_id", "steps", "algorithm", "method"]  # whose rows are seeds of one thing
-KEY = [*CELL, "seed"]
+CELL = ["env_id", "steps", "algorithm", "method"]  # names, for readers
+LINE = [*CELL, "identity"]  # whose rows are seeds of one thing
+KEY = [*LINE, "origin", "seed"]  # one run; a warm-started one began from a run that has a seed, too
+NAMED = [*CELL, "seed"]  # what each row of a runs.csv has
+LEGACY = "legacy"  # identity of a row whose settings were not recorded
 RESULTS = {  # heading: column of runs.csv
-    "return": "return_mean", "sm": "smoothness_mean", "episode length": "length_mean", "oscillation": "oscillation",
+    "return": "return_mean", "oscillation": "oscillation", "sm": "smoothness_mean", "episode length": "length_mean",
 }  # fmt: skip
+LOWER = {"P(calmer)": "oscillation", "P(smoother)": "smoothness_mean"}
 CRITIC = {
     "M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation",
     "return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1",
 }  # fmt: skip
 OTHERS = ["return_std", "evaluations", "good_evaluations"]  # what else the report tells
+ABOUT = ["identity", "origin", "settings", "action_dim", "random_return"]  # what a run is, and its env
 EVALUATED = ["episodes", "version", "noise_reference"]  # how
-TRAINED = ["steps_per_second", "wall_seconds", "machine", "torch", "commit", "command", "missing"]  # how
+MADE = ["machine", "torch", "commit"]  # where and by what
+TRAINED = ["steps_per_second", "wall_seconds", *MADE, "command", "missing"]  # how
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
 ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
+WORSE = 0.1  # of what plain gained over a random policy: by more than that below plain's return is clearly worse
 DASH = "\u2013"
 
 NOTES = """A run is one number: the mean over its evaluation episodes (deterministic policy, the same starts for every
@@ -46,12 +56,18 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
 - **Below ten seeds: median (lowest to highest)**, no confidence interval. From ten on: interquartile mean [95 %
   bootstrap interval].
 - **base**: the same agent, every λ 0. **untuned**: λ where the paper's search starts. **pave**: the paper's tuned λ
-  (HalfCheetah's are ours). **auto**: `--autotune-curv`. **caps**: CAPS instead of PAVE.
-- **ablation-101**: MPR on, VFC off, Curv on, and so on; P compares with 000.
-- **sm** (lower is smoother) and **oscillation**, mean |a(t+1) - a(t)|, are in the env's action units. sm grows with
-  the episode's length, oscillation does not.
-- **P(smoother)**: share of the pairs, a seed of the method and one of base, in which its sm is lower. **P(calmer)**: in
-  which its oscillation is.
+  (HalfCheetah's are ours). **own**: λ given by hand. **auto**: `--autotune-curv`. **caps**: CAPS instead of PAVE.
+  **filter**: a low-pass filter on the action, in training and evaluation. **penalty**: a punishment of the action's
+  change in the reward. **filter+pave**: both.
+- **base-then-pave**: PAVE began in a trained agent of base (`--warm-start`); steps are those after it. Compare it with
+  base-then-base, which went on plainly.
+- **ablation-101**: MPR on, VFC off, Curv on, and so on. It compares with ablation-000 where there is one.
+- Runs of other settings under one name are lines of their own; what differs stands in brackets. "settings not
+  recorded": rows of an older report, see their commands in runs.csv.
+- **oscillation**, mean |a(t+1) - a(t)|, and **sm** (the paper's; the lower, the smoother) are in the env's action
+  units, of the action that the env receives. sm grows with the episode's length, oscillation does not.
+- **P(calmer)**: share of the pairs, a seed of the method and one of base, in which its oscillation is lower.
+  **P(smoother)**: in which its sm is.
 - **M**: largest ‖∇²sa Q‖. **M/μ**: the theorem's bound on the policy's slope. **NegDef**: share of states where Q is
   concave in a. **flip rate**: share of steps where ∇a Q turns by more than 90°. **saturation**: share of action entries
   within 1 % of a limit.
@@ -60,6 +76,11 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
   of the evaluation, of what the run itself visits.
 - **paper**: its own numbers, after 100,000 steps on Pendulum, 500,000 on LunarLander and Reacher, else 1,000,000.
 - Everything else that was measured, with each run's command, commit and machine: [runs.csv](runs.csv)."""
+
+EFFECT = """A row is a task: env, agent, steps. A dot is a seed: its oscillation over the median of plain's seeds, so
+that plain's own dots show how much seeds differ anyway. Left of the line at 1 the action is calmer. A hollow dot
+learned less: its return is below plain's median by more than a tenth of what plain gained over a random policy (where
+random's return was not measured, none is hollow). The numbers are in the tables below."""
 
 SUMMARY = """Median of the method's seeds over median of base's; below 1 is smoother. In brackets: over all pairs of a
 seed of the method and one of base, so that base's column shows how much base itself scatters. There is no mean over the
@@ -72,36 +93,73 @@ class Args:
     output: Path = Path("report")  # folder for what is written; made if it isn't there
 
 
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
 def read_csv(path: Path) -> pd.DataFrame:
     """A runs.csv; UserError where it is none, or a number in it isn't one."""
     numbers = {"seed": int, "steps": int, "return_mean": float, "smoothness_mean": float}
+    words = dict.fromkeys(("identity", "origin", "settings", "commit"), str)  # an identity may look like a number
     try:
-        rows = pd.read_csv(path, dtype=numbers | {"missing": object, "commit": str})
-        rows["missing"] = rows.get("missing")  # None where the file has no such column
-        empty = rows[KEY].isna().any(axis=1) | rows["missing"].isna() & rows[[*numbers]].isna().any(axis=1)
+        rows = pd.read_csv(path, dtype=numbers | words | {"missing": object})
+        for name in ("missing", "identity", "origin", "settings"):
+            rows[name] = rows.get(name)  # None where the file has no such column
+        empty = rows[NAMED].isna().any(axis=1)
+        empty |= rows["missing"].isna() & rows[[*numbers]].isna().any(axis=1)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"cannot read {path}, no runs.csv of a report: {' '.join(str(error).split())}") from error
     require(not empty.any(), f"{path}, line {empty.argmax() + 2}: a run's name, return or sm is empty")
-    return rows
+    return rows.fillna({"identity": LEGACY, "origin": "", "settings": ""})
+
+
+def result_of(run: Run) -> dict:
+    """Its evaluation as columns; {"missing": why} where it has none that is of this training, in full."""
+    steps, summary = run.args.total_timesteps, read_json(run.path / "summary.json")
+    evaluation = read_json(run.path / "evaluation.json")
+    if summary.get("steps") != steps:
+        return {"missing": f"stopped at step {run.step:,}"}
+    if not evaluation:
+        return {"missing": "not evaluated (benchmarks.evaluate)"}
+    step, episodes, version = (evaluation.get(name, 0) for name in ("step", "episodes", "version"))
+    if step != steps or version != evaluate.VERSION or not episodes > 0:
+        told = f"step {step:,}, {episodes} episodes, version {version}"
+        return {"missing": f"not evaluated (evaluation.json is of {told}: benchmarks.evaluate makes it anew)"}
+    return evaluate.flat(evaluation)
+
+
+def made_by(about: dict) -> dict:
+    """Machine, torch and commit of a cell.json (or summary.json): of each stretch of the training, in order."""
+    told = {}
+    for name in MADE:
+        values = [stretch_value(stretch, name) for stretch in about.get("stretches") or [about]]
+        told[name] = "; ".join(dict.fromkeys(value for value in values if value)) or None
+    return told
+
+
+def stretch_value(stretch: dict, name: str) -> str | None:
+    """What a stretch says; the machine with the library that was preloaded there, as older cells have it."""
+    value, preload = stretch.get(name), stretch.get("preload")
+    if name == "machine" and value and preload and preload not in value:
+        return f"{value}, LD_PRELOAD={preload}"
+    return value
 
 
 def read_run(path: Path) -> dict:
     """The row of a run folder; `missing` says why it has no result."""
     run = load_run(path, need_critic=False)
-    row = {"env_id": run.args.env_id, "steps": run.args.total_timesteps, "algorithm": run.algorithm}
-    row |= {"method": run.method, "seed": run.args.seed}
-    files = (path / "summary.json", path / "evaluation.json", path.parent / "cell.json")
-    summary, evaluation, cell = map(read_json, files)
-    if summary.get("steps") != row["steps"]:
-        return row | {"missing": f"stopped at step {run.step:,}"}
-    if not evaluation:
-        return row | {"missing": "not evaluated (benchmarks.evaluate)"}
-    row |= flat(evaluation) | {name: cell.get(name, summary.get(name)) for name in TRAINED}
+    _, env_id = common.unwrap(run.args.env_id)
+    settings = common.settings_of(run.script, vars(run.args))
+    row = {"env_id": env_id, "steps": run.args.total_timesteps, "algorithm": run.algorithm, "method": run.method}
+    row |= {"identity": run.identity, "origin": common.origin_text(run.script, run.origin), "seed": run.args.seed}
+    row |= {"settings": json.dumps(settings), "action_dim": run.action_dim} | result_of(run)
+    if row.get("missing"):
+        return row
+    summary, cell = read_json(path / "summary.json"), read_json(path.parent / "cell.json")
+    about = summary | {name: value for name, value in cell.items() if value is not None}
+    row |= {name: about.get(name) for name in TRAINED if name not in row} | made_by(about)
     if not row["command"]:  # not of a sweep
-        defaults = vars(run.script.Args())
-        own = {k: v for k, v in plot.settings_of(run).items() if v not in (None, defaults.get(k))}
-        row["command"] = f"{run.script.SCRIPT}.py with {own}"
-    if least := GOOD_RETURNS.get(run.args.env_id):
+        row["command"] = f"{run.script.SCRIPT}.py with {settings}"
+    if least := GOOD_RETURNS.get(env_id):
         returns = plot.read_curve(run, "eval/return").loc[row["steps"] / 2 + 1 :]  # of the training's second half
         row |= {"evaluations": len(returns), "good_evaluations": (returns >= least).sum()}
     return row
@@ -129,10 +187,97 @@ def read_inputs(paths) -> pd.DataFrame:
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last")
     others = rows.columns.drop([*TRAINED, "step"], errors="ignore")
-    columns = [*KEY, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
+    columns = [*NAMED, *ABOUT, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
     rows = rows.reindex(columns=dict.fromkeys(columns)).fillna({"version": 1})
-    order = {method: str(i) for i, method in enumerate(plot.METHODS)}  # base, pave, ..., then the ablation's
-    return rows.sort_values(KEY, key=lambda column: column.replace(order))
+    return rows.sort_values([*CELL, "settings", "identity", "origin", "seed"], key=in_order)
+
+
+def in_order(column: pd.Series) -> pd.Series:
+    """For sorting: the methods in plot's order, base first, and then the others by name; empty settings come last."""
+    if column.name == "method":
+        return column.replace({method: f"{i:02}" for i, method in enumerate(plot.METHODS)})
+    return column.replace("", "~") if column.name == "settings" else column
+
+
+# --------------------------------------------------------------------------------- what is one line, compared with what
+
+
+def name_lines(rows: pd.DataFrame) -> pd.DataFrame:
+    """With a column `line`, the method; where it has several settings in one cell, with what tells them apart."""
+    rows = rows.assign(line=rows["method"])
+    for (*_, method), cell in rows.groupby(CELL):
+        lines = cell.drop_duplicates("identity").set_index("identity")
+        if len(lines) > 1:
+            labels = tell_apart(method, lines)
+            rows.loc[cell.index, "line"] = cell["identity"].map(labels)
+    return rows
+
+
+def tell_apart(method: str, lines: pd.DataFrame) -> dict[str, str]:
+    """identity -> label, of lines (by identity, with settings and origin) that have one name."""
+    settings = {name: json.loads(text) for name, text in lines["settings"].items() if text}
+    every = set().union(*settings.values())
+    differing = [key for key in sorted(every) if len({str(own.get(key)) for own in settings.values()}) > 1]
+    starts = lines["origin"].str.replace(r" seed \d+", "", regex=True)
+    labels = {}
+    for name in lines.index:
+        parts = [f"{key} {settings[name][key]}" for key in differing if key in settings.get(name, {})]
+        if name not in settings:
+            parts = ["settings not recorded"]
+        if starts.nunique() > 1 and starts[name]:
+            parts.append(f"from {starts[name]}")
+        labels[name] = f"{method} ({', '.join(parts)})" if parts else method
+    for name, label in labels.items():  # sources of other settings under one name, say
+        if list(labels.values()).count(label) > 1:
+            labels[name] = f"{label} [{name}]"
+    return labels
+
+
+def last_part(method: str) -> str:
+    """pave of base-then-pave."""
+    return method.rpartition("-then-")[2]
+
+
+def start_of(method: str) -> str:
+    """base of base-then-pave; "" from scratch."""
+    return method.rpartition("-then-")[0]
+
+
+def reference_method(method: str, methods) -> str:
+    """With what a method compares: an ablation with no loss, a warm start with its source going on, all else with base.
+
+    methods: those that there are.
+    """
+    if start := start_of(method):
+        wrapper = last_part(method).partition("+")[0]
+        return f"{start}-then-{wrapper if wrapper in WRAPPERS else 'base'}"
+    alone = method.startswith("ablation-") or "base" not in methods
+    return "ablation-000" if alone and "ablation-000" in methods else "base"
+
+
+def reference(runs: pd.DataFrame, line: str) -> pd.DataFrame:
+    """The rows that a line compares with; none where that is itself, or isn't there. runs: of one agent and task.
+
+    Where base has several settings, those that the line has: the ones that differ in the fewest.
+    """
+    own = runs[runs["line"] == line].iloc[0]
+    candidates = runs[runs["method"] == reference_method(own["method"], set(runs["method"]))]
+    lines = candidates.drop_duplicates("line")
+    if lines.empty or line in set(lines["line"]):
+        return runs[:0]
+    distances = [distance(own["settings"], other) for other in lines["settings"]]
+    nearest = distances.index(min(distances))
+    return candidates[candidates["line"] == lines["line"].iloc[nearest]]
+
+
+def distance(settings: str, others: str) -> tuple[bool, int]:
+    """How far apart two lines are: whether just one has its settings recorded, and the number of those that differ."""
+    ours, theirs = (json.loads(text) if text else {} for text in (settings, others))
+    differing = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    return bool(settings) != bool(others), len(differing)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
 
 
 def centre(values, axis: int = -1):  # with an axis scipy resamples 200 times as fast
@@ -179,7 +324,7 @@ def paper(env_id: str) -> dict[tuple, str]:
     results, ablation = (pd.read_csv(folder / f"paper_{name}.csv", dtype=str) for name in ("tables", "ablation"))
     ablation["method"] = "ablation-" + ablation["mpr"] + ablation["vfc"] + ablation["curv"]
     rows = pd.concat([results, ablation])
-    rows = rows[rows["env"] == re.sub(r"(Continuous)?(-v\d+)?$", "", env_id)]
+    rows = rows[rows["env"] == sac_pave_continuous.env_name(env_id).removesuffix("Continuous")]
     return {(row.algo, row.method): f"{row.return_mean}, {row.sm_mean}" for row in rows.itertuples()}
 
 
@@ -188,7 +333,7 @@ def unequal_lengths(rows: pd.DataFrame) -> str:
     if rows["length_mean"].isna().any():
         return "Episode lengths were not recorded here, and episodes can end early: **sm may not be comparable**."
     for algorithm, runs in rows.groupby("algorithm"):
-        lengths = runs.groupby("method")["length_mean"].median()
+        lengths = runs.groupby("line")["length_mean"].median()
         if lengths.max() > 1.05 * lengths.min():
             pair = " and ".join(f"{m} ({lengths[m]:,.0f} steps)" for m in (lengths.idxmin(), lengths.idxmax()))
             differ = f"**sm isn't comparable here**: episodes differ in length, as {algorithm.upper()} {pair} do. "
@@ -201,50 +346,141 @@ def tables(rows: pd.DataFrame) -> str:
     env_id, results, critics = rows["env_id"].iloc[0], [], []
     quoted, good_return = paper(env_id), GOOD_RETURNS.get(env_id)
     for algorithm, runs in rows.groupby("algorithm"):
-        methods = dict(list(runs.groupby("method", sort=False)))
-        base = methods.get("base", methods.get("ablation-000", runs[:0]))
-        for method, every in methods.items():
-            seeds, name = every[every["missing"].isna()], {"": f"{algorithm.upper()} {method}"}
-            line = name | {"seeds": f"{len(seeds)}" + f" of {len(every)}" * (len(seeds) < len(every))}
-            line |= {heading: told(centre, seeds[measure]) for heading, measure in RESULTS.items()}
-            than = runs[:0] if every is base else base
-            for heading, measure in {"P(smoother)": "smoothness_mean", "P(calmer)": "oscillation"}.items():
-                line[heading] = told(p_lower, seeds[measure], than[measure], form="{:.2f}".format)
+        for line, every in runs.groupby("line", sort=False):
+            seeds, than = every[every["missing"].isna()], reference(runs, line)
+            name = {"": f"{algorithm.upper()} {line}"}
+            cells = name | {"seeds": f"{len(seeds)}" + f" of {len(every)}" * (len(seeds) < len(every))}
+            for heading, measure in RESULTS.items():
+                cells[heading] = told(centre, seeds[measure])
+            for heading, measure in LOWER.items():
+                cells[heading] = told(p_lower, seeds[measure], than[measure], form="{:.2f}".format)
             if good_return:
                 good, of = seeds[["good_evaluations", "evaluations"]].sum()
-                line[f"evaluations ≥ {good_return:,}"] = f"{good:g} of {of:g}" if of else DASH
-            results.append(line | {"paper: return, sm": quoted.get((algorithm, method))})
+                cells[f"evaluations ≥ {good_return:,}"] = f"{good:g} of {of:g}" if of else DASH
+            cells["paper: return, sm"] = quoted.get((algorithm, every["method"].iloc[0]))
+            results.append(cells)
             critics.append(name | {heading: told(centre, seeds[measure]) for heading, measure in CRITIC.items()})
     return f"{markdown(results)}\n\n{markdown(critics)}"
 
 
+def same_settings_twice(rows: pd.DataFrame) -> str:
+    """How far base and ablation-000, the same settings, are apart: a measure of what so few seeds can tell."""
+    sentences = []
+    for algorithm, runs in rows.groupby("algorithm"):
+        one, other = (runs.loc[runs["method"] == method, "oscillation"] for method in ("base", "ablation-000"))
+        if len(one) and len(other):
+            low, high = sorted((one.median(), other.median()))
+            twice = f"are the same settings, trained twice: two sets of {len(one)} and {len(other)} seeds"
+            factor = f"**Their median oscillations differ by a factor of {high / low:.1f}**"
+            numbers = f"({number(one.median())} and {number(other.median())})"
+            told = f"{algorithm.upper()} base and ablation-000 {twice}. {factor} {numbers}: so much chance is in these"
+            sentences.append(f"{told}.")
+    return "\n".join(sentences)
+
+
 def summary(rows: pd.DataFrame, measure: str) -> str:
-    """The measure over base's: a line for each env at its largest number of steps."""
-    rows, lines = rows[rows["method"].isin(plot.METHODS) & rows[measure].notna()], []
-    for (algorithm, env_id), runs in rows.groupby(["algorithm", "env_id"]):
+    """The measure over base's: a line for each env and agent at its largest number of steps; warm starts apart."""
+    rows = rows[rows[measure].notna()]
+    rows = rows[rows["method"].map(last_part).isin(plot.METHODS)]
+    lines = []
+    for (algorithm, env_id, start), runs in rows.groupby(["algorithm", "env_id", rows["method"].map(start_of)]):
         runs = runs[runs["steps"] == runs["steps"].max()]
-        seeds = dict(list(runs.groupby("method")[measure]))
-        if len(seeds) < 2 or "base" not in seeds:
-            continue
-        comparable, base = measure != "smoothness_mean" or not unequal_lengths(runs), seeds["base"]
-        line = {"": f"{algorithm.upper()} {env_id}" + " *" * (not comparable)} | dict.fromkeys(plot.METHODS)
-        for method, ours in seeds.items():
-            low, high = ours.min() / base.max(), ours.max() / base.min()
-            line[method] = f"{centre(ours) / centre(base):.2f} ({low:.2f} to {high:.2f})"
-        lines.append(line)
+        for line, base in runs.groupby("line", sort=False):
+            if base["method"].iloc[0] != reference_method(base["method"].iloc[0], {"base"}):
+                continue
+            cells = compared_with(base, runs, measure)
+            if len(cells) < 2:
+                continue
+            name = f"{algorithm.upper()} {env_id}" + f", after {start}" * bool(start)
+            name += line.removeprefix(base["method"].iloc[0])  # the settings, where there are others
+            if measure == "smoothness_mean" and unequal_lengths(runs):
+                name += " *"
+            lines.append({"": name} | dict.fromkeys(plot.METHODS) | cells)
     return markdown(lines)
 
 
+def compared_with(base: pd.DataFrame, runs: pd.DataFrame, measure: str) -> dict[str, str]:
+    """method -> its seeds over base's, for all that compare with these rows of base, itself included."""
+    cells = {}
+    for line, ours in runs.groupby("line", sort=False):
+        than = reference(runs, line)
+        if line != base["line"].iloc[0] and (than.empty or than["line"].iloc[0] != base["line"].iloc[0]):
+            continue
+        x, y, method = ours[measure], base[measure], last_part(ours["method"].iloc[0])
+        ratio = f"{centre(x) / centre(y):.2f} ({x.min() / y.max():.2f} to {x.max() / y.min():.2f})"
+        cells[method] = "several settings, see below" if method in cells else ratio
+    return cells
+
+
+def effect(rows: pd.DataFrame) -> pd.DataFrame:
+    """The dots of plot.effect_figure, of every task that has plain and something else; fewest action dimensions first.
+
+    rows: finished runs, with `line`. The ablation's subsets have a figure of their own.
+    """
+    rows = rows[rows["oscillation"].notna() & rows["method"].map(last_part).isin(plot.METHODS)]
+    tables = []
+    for (env_id, algorithm, steps, start), runs in rows.groupby(
+        ["env_id", "algorithm", "steps", rows["method"].map(start_of)]
+    ):
+        task = f"{env_id.rpartition(':')[2]}, {algorithm.upper()}, {steps:,}" + f" after {start}" * bool(start)
+        lines = [effect_of(runs, line) for line in runs["line"].unique()]
+        dots = pd.concat(lines, ignore_index=True)
+        if dots["line"].nunique() > 1:
+            tables.append(dots.assign(task=task, env_id=env_id, action_dim=runs["action_dim"].median()))
+    if not tables:
+        return pd.DataFrame()
+    return pd.concat(tables, ignore_index=True).sort_values(["action_dim", "env_id"], kind="stable")
+
+
+def effect_of(runs: pd.DataFrame, line: str) -> pd.DataFrame:
+    """The dots of one line; none where there is no plain agent to compare with. runs: of one agent and task."""
+    seeds, plain = runs[runs["line"] == line], reference(runs, line)
+    method = seeds["method"].iloc[0]
+    if method == reference_method(method, {"base"}):
+        plain = seeds
+    reached = plain["return_mean"].median()
+    gained = reached - plain["random_return"].median()  # NaN where random's return wasn't measured
+    worse = (seeds["return_mean"] < reached - WORSE * gained) & (gained > 0)  # of nothing nothing is lost
+    ratio = seeds["oscillation"] / plain["oscillation"].median()
+    dots = pd.DataFrame({"line": line, "method": last_part(method), "ratio": ratio, "worse": worse})
+    return dots[dots["ratio"] > 0]  # none, or an action that never changes: no place on a logarithmic axis
+
+
 def different_settings(rows: pd.DataFrame) -> list[str]:
-    """A line for each cell whose seeds had not all the same command (but for seed and folders) and evaluation."""
-    own, lines = r" ?--(output.dir|resume|seed)[ =]('[^']*'|\S+)", []
+    """A line for each whose seeds had not all the same evaluation and, but for seed and folders, the same command."""
+    own, lines = r" ?--(output.dir|resume|seed|warm.start)[ =]('[^']*'|\S+)", []
     made = "`" + rows["command"].fillna("not recorded").str.replace(own, "", regex=True) + "`, evaluated over "
+    made = made.where(rows["identity"] == LEGACY, "evaluated over ")  # an identity is the settings
     made += rows["episodes"].map("{:g} episodes, version ".format) + rows["version"].map("{:g}".format)
-    for (env_id, steps, algorithm, method), runs in rows.groupby(CELL, sort=False):
+    for _, runs in rows.groupby(LINE, sort=False):
         sides = [f"seeds {' '.join(map(str, seeds))}: {how}" for how, seeds in runs["seed"].groupby(made)]
         if len(sides) > 1:
-            lines.append(f"- {algorithm.upper()} {method} on {env_id}, {steps:,} steps: {'; '.join(sides)}")
+            lines.append(f"- {name_of(runs.iloc[0])}, {runs['steps'].iloc[0]:,} steps: {'; '.join(sides)}")
     return lines
+
+
+def name_of(run: pd.Series) -> str:
+    return f"{run['algorithm'].upper()} {run['line']} on {run['env_id']}"
+
+
+def provenance(rows: pd.DataFrame) -> str:
+    """By which commits, on which machines, and with which version of the evaluation these runs were made."""
+    commits, machines = (rows[name].astype(object).fillna("not recorded") for name in ("commit", "machine"))
+    commits = commits.str.replace(r"([0-9a-f]{7})[0-9a-f]{33}", r"\1", regex=True)
+    versions = rows["version"].map("{:g}".format)
+    told = {"Commits": commits, "Machines": machines, "Versions of the evaluation": versions}
+    return " ".join(f"{name}: {counted(values)}." for name, values in told.items())
+
+
+def counted(values: pd.Series) -> str:
+    """Each value once, the most frequent first, with its number of runs where there is more than one value."""
+    counts = values.value_counts()
+    if len(counts) == 1:
+        return counts.index[0]
+    return "; ".join(f"{value} ({count} runs)" if count > 1 else f"{value} (1 run)" for value, count in counts.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
@@ -257,76 +493,60 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-def saturation_figure(rows: pd.DataFrame) -> plt.Figure:
-    """What each method leaves of base's oscillation (medians); the tasks by how much base saturates its actions.
-
-    Older runs have no saturation: for their tasks base was trained again, with other seeds, into saturation.csv.
-    """
-    task = ["env_id", "algorithm"]
-    measured = pd.concat([rows, pd.read_csv(Path(__file__).parent / "results" / "saturation.csv")])
-    saturation = measured[measured["method"] == "base"].groupby(task)["saturation"].median().dropna()
-    medians = rows.pivot_table("oscillation", [*task, "steps"], "method", aggfunc="median")
-    medians = medians.reindex(columns=plot.METHODS).dropna(thresh=2)  # base and something else
-    medians = medians.join(saturation, how="inner").sort_values("saturation", kind="stable")
-    tasks = []
-    for (env_id, algorithm, _), share in medians["saturation"].items():
-        name = re.sub(r"^.*:|^Inverted|(Continuous)?-v[0-9]+$", "", env_id)
-        tasks.append(f"{name}\n{algorithm.upper()}\n{share:.1%}")
-    figure, axis = plt.subplots(figsize=(plot.WIDTH, 4))
-    for method, colour in plot.colours_of(plot.METHODS[1:]).items():
-        axis.scatter(tasks, medians[method] / medians["base"], color=colour, alpha=0.8, label=method)
-    axis.tick_params("x", labelsize=7)
-    axis.set_axisbelow(True)
-    axis.axhline(1, color="#999999", linewidth=0.8)
-    axis.set(ylabel="oscillation / base's (below 1: smoother)", ylim=(0, None))
-    axis.legend(fontsize=8)
-    figure.suptitle("What a method leaves of base's oscillation, and the saturation of base's actions")
-    return figure
-
-
 def section(rows: pd.DataFrame, folder: Path) -> list[str]:
     """The tables and figures of one env and number of steps."""
     env_id, steps = rows[["env_id", "steps"]].iloc[0]
     title, done = f"{env_id}, {steps:,} steps", rows[rows["missing"].isna()]
     parts = [f"## {title}"]
+    if len(done):
+        parts.append(provenance(done))
     if (error := (done["return_std"] / done["episodes"] ** 0.5).median()) > 0:
         parts.append(f"Other starts would move a run's mean return by some ±{number(error)} (standard error).")
     parts.append(unequal_lengths(done))
     if done["noise_reference"].nunique(dropna=False) > 1:
         parts.append("The observation noise differs between runs here (`noise_reference`): **don't compare it**.")
+    parts.append(same_settings_twice(done))
     parts.append(tables(rows))
-    ablation, figures = done["method"].str.startswith("ablation"), {}
-    if done[~ablation]["method"].nunique() > 1:
-        figures["tradeoff"] = plot.tradeoff_figure(done[~ablation], title)
-        if done[~ablation]["return_mean@0.1"].notna().any():
-            figures["noise"] = plot.noise_figure(done[~ablation], title)
-    if ablation.any():
-        figures["ablation"] = ablation_figure(done, title)
-    for kind, figure in figures.items():
+    for kind, figure in figures(done, title).items():
         name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
         plot.save(figure, folder / name)
         parts.append(f"![{kind}]({name})")
     return [part for part in parts if part]
 
 
+def figures(done: pd.DataFrame, title: str) -> dict[str, plt.Figure]:
+    """kind -> figure, of the finished runs of a section."""
+    ablation, drawn = done["method"].str.startswith("ablation"), {}
+    others = done[~ablation]
+    if others["line"].nunique() > 1:
+        drawn["tradeoff"] = plot.tradeoff_figure(others, title)
+        if others["return_mean@0.1"].notna().any():
+            drawn["noise"] = plot.noise_figure(others, title)
+    if ablation.any():
+        drawn["ablation"] = ablation_figure(done, title)
+    return drawn
+
+
 def main(args: Args) -> None:
     rows, folder = read_inputs(args.inputs), args.output
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(folder / "runs.csv", index=False, float_format="%.6g", lineterminator="\n")  # 6 digits: small diffs
-    rows = read_csv(folder / "runs.csv")
+    rows = name_lines(read_csv(folder / "runs.csv"))
     done, gone = rows[rows["missing"].isna()], rows[rows["missing"].notna()]
     command = f"python -m benchmarks.report {folder}/runs.csv --output {folder}"
-    parts = ["# Our runs, and the paper's numbers beside them", f"Made by `{command}`.", NOTES]
-    parts += ["## Summary: sm and oscillation over base's, env by env", SUMMARY]
-    parts += ["sm:", summary(done, "smoothness_mean"), "Oscillation:", summary(done, "oscillation")]
+    parts = ["# Our runs, and the paper's numbers beside them", f"Made by `{command}`."]
     with plt.rc_context(plot.STYLE):
-        if done.loc[done["method"] == "base", "saturation"].notna().any():
-            plot.save(saturation_figure(done), folder / "saturation.png")
-            parts.append("![oscillation over base's, and the saturation of base's actions](saturation.png)")
+        dots = effect(done)
+        if len(dots):
+            plot.save(plot.effect_figure(dots), folder / "effect.png")
+            parts += ["![Each agent's oscillation over the plain agent's, task by task](effect.png)", EFFECT]
+        parts += ["## How to read the tables", NOTES]
+        parts += ["## Summary: oscillation and sm over base's, env by env", SUMMARY]
+        parts += ["Oscillation:", summary(done, "oscillation"), "sm:", summary(done, "smoothness_mean")]
         for _, part in rows.groupby(["env_id", "steps"]):
             parts += section(part, folder)
     parts += ["## Seeds trained or evaluated differently", "\n".join(different_settings(done)) or "None."]
-    lines = [f"- {r.algorithm.upper()} {r.method} on {r.env_id}, seed {r.seed}: {r.missing}" for r in gone.itertuples()]
+    lines = [f"- {name_of(run)}, seed {run['seed']}: {run['missing']}" for _, run in gone.iterrows()]
     parts += ["## Runs without a result", "\n".join(lines) or "None."]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print(f"wrote {folder / 'report.md'}: {len(done)} runs, {len(gone)} without a result")

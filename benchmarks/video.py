@@ -38,7 +38,7 @@ def record(run: Run, episode: int, steps: int, fps: float) -> tuple[Episode, lis
         with run.script.make_env(spec) as env:
             rate = env.metadata.get("render_fps", 30)
             stride, frames = max(1, round(rate / fps)), []
-            env.reset(seed=10_000 + episode)  # as evaluate() does
+            env.reset(seed=run.script.EVALUATION_SEED + episode)  # as evaluate() does
             for step, action in enumerate(played.actions[:steps]):
                 if step % stride == 0:
                     frames.append(env.render())

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -41,13 +42,12 @@ def test_load_run_restores_the_trained_networks_also_of_other_versions(script, r
     assert torch.equal(run.critic(observations.double(), actions), expected)
     told = (run.script, run.algorithm, run.method, run.args.env_id, run.step, run.path)
     assert told == (script, script.SCRIPT[:3].rstrip("_"), "pave", "Pendulum-v1", 105, run_dir)
-    del saved["args"]["pave_batch_size"]
+    del saved["args"]["pave_batch_size"], saved["origin"]
     saved["args"]["a_flag_since_removed"] = 3
     torch.save(saved, run_dir / "checkpoint.pt")
-    (run_dir / "caps.json").write_text('{"caps_temporal": 1.0}')
     old = load_run(run_dir)
     assert (old.args.a_flag_since_removed, old.args.pave_batch_size, old.args.batch_size) == (3, None, 16)
-    assert old.method == "caps"
+    assert (old.origin, old.action_dim) == (None, 1)
     (run_dir / "checkpoint.pt").unlink()
     assert torch.equal(load_run(run_dir, need_critic=False).actor(observations), run.actor(observations))
 
@@ -68,13 +68,57 @@ def test_a_method_is_named_by_the_settings(script, settings, method):
     assert common.method_of(script, vars(args) | {"caps_temporal": 0.0}) == "caps"
 
 
+def of(script, env_id="Pendulum-v1", **settings) -> dict:
+    """The settings of a training by name, as a run keeps them."""
+    return vars(script.validate(script.Args(env_id=env_id, **settings)))
+
+
+def test_a_wrapped_env_and_a_warm_start_are_in_the_methods_name():
+    base, pave = of(td3, **BASE), of(td3)
+    filtered = pave | {"env_id": "benchmarks.envs:filter/Pendulum-v1"}
+    assert common.unwrap(filtered["env_id"]) == ("filter", "Pendulum-v1")
+    assert common.unwrap("mine:Filter-v1") == ("", "mine:Filter-v1") and common.unwrap("x/A-v0") == ("", "x/A-v0")
+    assert common.method_of(td3, filtered) == "filter+pave"
+    assert common.method_of(td3, base | {"env_id": "benchmarks.envs:penalty/Pendulum-v1"}) == "penalty"
+    origin = {"run": "any", "step": 25_000, "args": base, "origin": None}
+    assert common.method_of(td3, pave, origin) == "base-then-pave"
+    assert common.method_of(td3, base, origin) == "base-then-base"
+    assert common.origin_text(td3, origin) == "base seed 1 at 25,000"
+    twice = {"run": "any", "step": 7, "args": pave, "origin": origin}
+    assert common.method_of(td3, base, twice) == "base-then-pave-then-base"
+    assert common.origin_text(td3, twice) == "base seed 1 at 25,000, then pave seed 1 at 7"
+
+
+def test_an_identity_is_the_settings_and_the_start_and_nothing_else():
+    args, origin = of(sac), {"run": "a", "step": 100, "args": of(sac, **BASE), "origin": None}
+
+    def identity(start=None, **changes):
+        return common.identity(sac, args | changes, start)
+
+    own = identity()
+    assert re.fullmatch("[0-9a-f]{12}", own) and own == identity(mpr_sigma=0.01)
+    free = {"output_dir": "x", "resume": "y", "warm_start": "z", "eval_episodes": 3, "compile": False, "cuda": False}
+    assert own == identity(**free, seed=9, total_timesteps=7)  # seed and steps stand beside it in the report's key
+    assert own == common.identity(sac, {k: v for k, v in args.items() if k != "pave_batch_size"}, None)  # it came later
+    assert identity(batch_size=100) == identity(batch_size=100.0)
+    others = [identity(q_lr=1e-4), identity(lambda_curv=1.0), identity(gone=3), identity(caps_temporal=0.1)]
+    others += [identity(origin), identity(origin | {"step": 101}), identity(origin | {"args": args})]
+    others += [identity(origin | {"origin": origin}), common.identity(td3, of(td3), None)]
+    assert len({own, *others}) == 1 + len(others)
+    elsewhere = origin | {"run": "b", "args": origin["args"] | {"output_dir": "far", "seed": 2}}
+    assert identity(origin) == identity(elsewhere)  # a source is what it was, not its path; seeds are of one thing
+    assert common.settings_of(sac, args | {"gone": 3.0}) == {
+        "env_id": "Pendulum-v1", "gone": 3, "lambda_curv": 0.5, "lambda_mpr": 0.1, "lambda_vfc": 0.005
+    }  # fmt: skip
+
+
 def test_rollout_is_the_scripts_evaluation_and_noise_blurs_only_what_the_policy_sees(run_dir):
     run, noise = load_run(run_dir), np.array([0.1, 0.0, 0.5])
     with run.script.make_env("Pendulum-v1") as env:
         assert rollout(run, env, 2)[1] == run.script.evaluate(run.actor, env, 2)
         episodes, metrics = rollout(run, env, 2, noise)
         assert np.mean([episode.rewards.sum() for episode in episodes]) == pytest.approx(metrics["return_mean"])
-        for seed, episode in enumerate(episodes, 10_000):
+        for seed, episode in enumerate(episodes, sac.EVALUATION_SEED):
             assert episode.observations.dtype == episode.actions.dtype == np.float32 and len(episode.actions) == 200
             assert np.allclose(episode.env_actions, 2 * episode.actions)  # Pendulum's torque: -2 to 2
             rng, (observation, _) = np.random.default_rng([seed, 1]), env.reset(seed=seed)  # not the env's own stream
@@ -90,8 +134,9 @@ def test_the_machine_is_named_with_its_gpu_preload_and_commit(monkeypatch):
     run = Mock(side_effect=lambda command, **_: Mock(stdout=told[command.split()[0]]))
     monkeypatch.setattr(common.subprocess, "run", run)
     monkeypatch.setenv("LD_PRELOAD", "x.so")
-    name = f"A CPU, {common.os.cpu_count()} cores, A GPU, LD_PRELOAD=x.so"
-    assert common.machine() == {"machine": name, "torch": torch.__version__, "commit": "abc"}
+    name = f"A CPU, {common.os.cpu_count()} cores, A GPU"
+    about = {"machine": name, "torch": torch.__version__, "commit": "abc", "preload": "x.so"}
+    assert common.machine() == about
 
 
 def test_geometry_against_loops(monkeypatch):
@@ -120,23 +165,22 @@ def test_geometry_against_loops(monkeypatch):
             states.append((mixed, *np.linalg.eigvalsh(both[1].numpy()), slope, outward))
         for x, y in itertools.pairwise(gradients):
             cosines.append(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-    mixed, *eigenvalues, largest, slopes, outward = np.array(states).T
+    mixed, _, _, largest, slopes, outward = np.array(states).T
     concave, holds = largest < 0, (slopes <= mixed / -largest)[largest < 0]
     for share in (concave, holds, outward, np.array(cosines) < 0):
         assert 0 < sum(share) < len(share)
     expected = {
         "saturation_outward": np.mean(outward), "m_sup": max(mixed), "m_mean": np.mean(mixed),
-        "mu_inf": min(-largest[concave]), "trace_abs_inf": min(abs(sum(eigenvalues) + largest)),
-        "neg_def": np.mean(concave), "cosine_mean": np.mean(cosines), "flip_rate": np.mean(np.array(cosines) < 0),
-        "actor_jacobian_sup": max(slopes), "bound_sup": max(mixed) / min(-largest[concave]),
-        "bound_holds_share": np.mean(holds),
+        "mu_inf": min(-largest[concave]), "neg_def": np.mean(concave), "cosine_mean": np.mean(cosines),
+        "flip_rate": np.mean(np.array(cosines) < 0), "actor_jacobian_sup": max(slopes),
+        "bound_sup": max(mixed) / min(-largest[concave]), "bound_holds_share": np.mean(holds),
     }  # fmt: skip
     assert len(cosines) == 19 + 14  # none across two episodes
     assert evaluate.geometry(actor, critic, episodes) == pytest.approx(expected, rel=1e-9)
 
 
 def test_evaluation_of_known_agents_under_the_same_noise(run_dir, monkeypatch):
-    levels, visited = [], []
+    levels, visited, rewards = [], [], []
     monkeypatch.setattr(evaluate, "rollout", lambda *args: levels.append(args[3]) or rollout(*args))
     actor = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Tanh()).requires_grad_(False)
     actor[0].weight[:], actor[0].bias[:] = 0, 9  # always at the limit
@@ -150,12 +194,13 @@ def test_evaluation_of_known_agents_under_the_same_noise(run_dir, monkeypatch):
     assert evaluate.evaluate_run(run, 1)["saturation"] == 0
     with run.script.make_env("Pendulum-v1") as env:
         env.action_space.seed(0)
-        for seed in range(10_000, 10_010):
-            visited.append(env.reset(seed=seed)[0])
-            visited += [env.step(env.action_space.sample())[0] for _ in range(200)]
-            visited.pop()  # never acted on
+        for seed in range(sac.EVALUATION_SEED, sac.EVALUATION_SEED + 10):
+            steps = [env.reset(seed=seed), *(env.step(env.action_space.sample()) for _ in range(200))]
+            visited += [step[0] for step in steps[:-1]]  # the last one is never acted on
+            rewards += [step[1] for step in steps[1:]]
     deviations = np.std(np.float64(visited), axis=0)
     assert result["noise_std"] == pytest.approx(deviations.tolist())
+    assert result["random_return"] == pytest.approx(sum(rewards) / 10)
     assert np.allclose(levels, np.multiply.outer([0, 0.01, 0.025, 0.05, 0.1] * 2, deviations))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from make_run import BASE, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from programs import fails, run_program
 
 import sac_pave_continuous as sac
@@ -50,6 +51,7 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     assert labels == ["SAC base", "SAC base", "SAC pave", "TD3 base"]
     assert plot.colours_of(["auto"])["auto"] == plot.colours_of(["SAC base", "SAC auto"])["SAC auto"]
     assert len(set(plot.colours_of(["SAC base", "TD3 base"]).values())) == 2
+    assert len({str(colour) for colour in plot.colours_of("abcdefghijkl").values()}) == 12
     run = load_run(runs["base"])
     assert plot.settings_of(run) != plot.settings_of(dataclasses.replace(run, step=200))
     both = ("curves", runs["base"], runs["base_slow"])
@@ -68,14 +70,35 @@ def test_figures_show_every_seed_and_their_median(runs, figures):
     values = np.array([1.0, 2.0, 9.0])
     rows = {f"{name}@{k}": values + k for name in ("return_mean", "smoothness_mean") for k in (0.1, 0.05)}
     rows |= {"return_mean": values, "smoothness_mean": -values, "oscillation": 0.1, "length_mean": 200.0}
-    rows = pd.DataFrame(rows | {"algorithm": "sac", "method": "base"})
-    dots, beside = plot.tradeoff_figure(rows, "").axes
-    assert [axis.get_xlabel().partition(" ")[0] for axis in (dots, beside)] == ["sm", "oscillation"]
+    rows = pd.DataFrame(rows | {"algorithm": "sac", "line": "base"})
+    beside, dots = plot.tradeoff_figure(rows, "").axes
+    assert [axis.get_xlabel().partition(" ")[0] for axis in (beside, dots)] == ["oscillation", "sm"]
     assert dots.collections[0].get_offsets().tolist() == [[-1, 1], [-2, 2], [-9, 9]]
     assert np.ravel(dots.lines[0].get_data()).tolist() == [-2, 2]
-    assert dots.get_legend().get_texts()[0].get_text() == "base (200 steps)"
+    assert beside.get_legend().get_texts()[0].get_text() == "base (200 steps)"
     middle, *seeds = (line.get_xydata() for line in plot.noise_figure(rows, "").axes[0].lines)
     assert middle == pytest.approx(np.array([[0, 2], [0.05, 2.05], [0.1, 2.1]])) and len(seeds) == 3
+
+
+def test_the_figure_of_all_tasks_has_a_lane_for_each_line_and_hollow_dots():
+    lines = [("A, SAC", 1, "base", "base", 2.0, False), ("A, SAC", 1, "base", "base", 0.5, True)]
+    lines += [("A, SAC", 1, "pave (q_lr 1)", "pave", 0.25, False), ("A, SAC", 1, "pave", "pave", 0.2, False)]
+    lines += [("B, TD3", 3, "base", "base", 1.0, False), ("B, TD3", 3, "auto", "auto", 0.05, True)]
+    dots = pd.DataFrame(lines, columns=["task", "action_dim", "line", "method", "ratio", "worse"])
+    figure = plot.effect_figure(dots)
+    (axis,) = figure.axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["A, SAC", "B, TD3"]
+    lanes = [lane for lane in axis.collections if len(lane.get_offsets())]
+    assert [lane.get_offsets()[:, 0].tolist() for lane in lanes] == [[2.0, 0.5], [0.25], [0.2], [1.0], [0.05]]
+    assert [lane.get_facecolors()[:, 3].tolist() for lane in lanes] == [[1, 0], [1], [1], [1], [0]]
+    heights = [lane.get_offsets()[0, 1] for lane in lanes]
+    assert heights == sorted(set(heights)) and axis.yaxis_inverted() and axis.get_xscale() == "log"
+    colours = [to_hex(lane.get_edgecolors()[0]).upper() for lane in lanes]
+    assert colours == [plot.COLOURS[method] for method in ("base", "pave", "pave", "base", "auto")]
+    assert [text.get_text() for text in axis.texts][:2] == ["1 action dimension", "3 action dimensions"]
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words[:3] == ["plain", "PAVE, tuned λ", "PAVE, auto"] and "hollow" in words[3]
+    plot.plt.close(figure)
 
 
 def test_spectrum_of_a_sine():
@@ -130,7 +153,6 @@ def test_bad_runs_and_settings(runs, tmp_path):
         "at least one run": ("field",), "different envs": ("actions", run, runs["other"]),
         "2 --labels for 1 run": ("field", run, "--labels", "a", "b"), "--steps is 0": ("actions", run, "--steps", "0"),
         "--episode is -1": ("field", run, "--episode", "-1"), "--dimension is 1": ("actions", run, "--dimension", "1"),
-        "8 lines": ("curves", *[run] * 8, "--labels", *"abcdefgh"),
         "it has eval/length": ("curves", run, "--tags", "losses/lambda_curv"),
         "figure.xyz": ("curves", run, "--output", tmp_path / "figure.xyz"),
         "nowhere": ("curves", run, "--output", tmp_path / "nowhere" / "figure.png"),

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from make_run import BASE, make_run
 from programs import fails
@@ -92,9 +93,11 @@ def test_tables_show_every_seed_and_warn_where_sm_is_not_comparable(tmp_path, dr
     assert pave["P(smoother)"] == "0.93" and pave["P(calmer)"] == "0.50"
     assert table(text, "M/μ")["TD3 pave"] == {"": "TD3 pave", "M/μ": "9.000", "NegDef": "0.500"}
     (summary,) = table(text, "base").values()
-    assert [*summary.values()] == ["TD3 Hopper-v5 *", "1.00 (0.05 to 20.00)", "0.23 (0.03 to 1.50)"]
+    assert [*summary.values()] == ["TD3 Hopper-v5", "1.00 (1.00 to 1.00)", "1.00 (1.00 to 1.00)"]
+    assert "| TD3 Hopper-v5 * | 1.00 (0.05 to 20.00) | 0.23 (0.03 to 1.50) |" in re.sub(" +", " ", text)
     assert "TD3 pave on Hopper-v5, seed 3: diverged" in text.partition("\n## Runs without a result")[2]
-    assert [*drawn] == [f"{env}_100000_tradeoff.png" for env in ("Ant-v5", "Hopper-v5")]  # no noise, no figure of it
+    tradeoffs = [f"{env}_100000_tradeoff.png" for env in ("Ant-v5", "Hopper-v5")]
+    assert [*drawn] == ["effect.png", *tradeoffs]  # no noise, no figure of it
     assert "some ±6.325 (standard error)" in text  # 20 / sqrt(10)
     assert text.count("**sm isn't comparable here**") == 1
     assert "isn't comparable here" not in make(tmp_path, [row(), row("pave", length_mean=192.0)])
@@ -110,24 +113,142 @@ def test_different_settings_are_never_averaged_silently(tmp_path):
     assert "noise differs" not in text and "noise differs" in make(tmp_path, [*rows, row(noise_reference="a run")])
 
 
-def test_an_ablation_compares_with_no_loss_and_shows_every_seed(tmp_path, drawn):
-    rows = [row(f"ablation-{n:03b}", s, 1.0 + n, "Walker2d-v5") for n in range(8) for s in range(2)]
-    told = table(make(tmp_path, rows), "sm")
-    assert told["TD3 ablation-001"]["P(smoother)"] == "0.00"
+def test_an_ablation_compares_with_no_loss_also_beside_base_and_shows_every_seed(tmp_path, drawn):
+    rows = [row(f"ablation-{n:03b}", s, 1.0 + n, "Walker2d-v5", oscillation=0.4) for n in range(8) for s in range(2)]
+    rows += [row("base", s, 1.5, "Walker2d-v5", oscillation=0.1) for s in range(3)]
+    rows += [row("pave", s, 1.2, "Walker2d-v5", oscillation=0.1) for s in range(3)]
+    text = make(tmp_path, rows)
+    told = table(text, "sm")
+    assert told["TD3 ablation-001"]["P(smoother)"] == "0.00" and told["TD3 ablation-001"]["P(calmer)"] == "0.50"
+    assert told["TD3 ablation-000"]["P(smoother)"] == told["TD3 base"]["P(calmer)"] == "\u2013"
+    assert told["TD3 pave"]["P(smoother)"] == "1.00"  # with base
     assert told["TD3 ablation-011"]["paper: return, sm"].endswith(", 1.918")
+    assert (
+        "two sets of 3 and 2 seeds. **Their median oscillations differ by a factor of 4.0** (0.100 and 0.400)" in text
+    )
+    assert "trained twice" not in make(tmp_path, rows[:16])
     axis = drawn["Walker2d-v5_100000_ablation.png"].axes[1]
     assert [t.get_text() for t in axis.get_xticklabels()][3:6] == ["011", "100", "101"]
     assert [list(line.get_ydata()) for line in axis.lines] == [[1.0 + n, 1.0 + n] for n in range(8)]
 
 
-def test_the_figure_of_saturation_sorts_the_tasks_by_it(tmp_path, drawn):
-    """And shows what pave leaves of base's oscillation."""
-    rows = [row(env_id="Ant-v5", saturation=0.3), row(env_id="x:Ball-v0", saturation=0.2)]
-    rows += [row("pave", env_id="Ant-v5", oscillation=0.02), row("pave", env_id="x:Ball-v0", oscillation=0.15)]
-    make(tmp_path, rows)
-    (axis,) = drawn["saturation.png"].axes
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["Ball\nTD3\n20.0%", "Ant\nTD3\n30.0%"]
-    assert axis.collections[0].get_offsets()[:, 1].tolist() == pytest.approx([1.5, 0.2])
+def test_a_warm_start_compares_with_its_source_going_on():
+    compared = {
+        "base-then-pave": "base-then-base", "base-then-base": "base-then-base", "filter": "base", "filter+pave": "base",
+        "filter-then-filter+pave": "filter-then-filter", "base-then-pave-then-auto": "base-then-pave-then-base",
+    }  # fmt: skip
+    for method, expected in compared.items():
+        assert report.reference_method(method, {"base", "ablation-000"}) == expected
+    assert report.reference_method("pave", {"pave", "ablation-000"}) == "ablation-000"
+
+
+def test_the_effects_dots_are_over_plains_median_and_hollow_where_the_return_is_lower():
+    plain = [row(seed=i, oscillation=o, return_mean=r) for i, o, r in ((1, 0.2, 90.0), (2, 0.4, 100.0), (3, 0.8, 89.9))]
+    rows = [row("pave", 1, oscillation=0.1, return_mean=80.0), row("pave", 2, oscillation=0.2, return_mean=78.9)]
+    rows += [row("own", oscillation=0.0), row("ablation-101"), row(env_id="Ant-v5"), row("pave", steps=7)]
+    rows += [row("base-then-base", oscillation=0.5, return_mean=5.0, steps=9)]
+    rows += [row("base-then-pave", oscillation=1.0, return_mean=5.0, steps=9)]
+    rows += [row(env_id="x:Few-v0", action_dim=1, random_return=None)]
+    rows += [row("auto", env_id="x:Few-v0", action_dim=1, random_return=None, return_mean=-1e6)]
+    rows = pd.DataFrame({"action_dim": 2, "random_return": -10.0} | own | LINE for own in (*plain, *rows))
+    dots = report.effect(rows.assign(line=rows["method"]))
+    assert dots["task"].unique().tolist() == [
+        "Few-v0, TD3, 100,000",
+        "Hopper-v5, TD3, 9 after base",
+        "Hopper-v5, TD3, 100,000",
+    ]
+    dots = dots.set_index(["task", "method"])
+    told = dots.loc["Hopper-v5, TD3, 100,000"]
+    assert told.loc["base", "ratio"].tolist() == pytest.approx([0.5, 1, 2]) and not told.loc["base", "worse"].any()
+    assert told.loc["pave", "ratio"].tolist() == pytest.approx([0.25, 0.5])
+    assert told.loc["pave", "worse"].tolist() == [False, True]  # plain gained 100: below 90 - 10
+    assert set(told.index) == {"base", "pave"}
+    assert dots.loc["Hopper-v5, TD3, 9 after base", "ratio"].tolist() == [1, 2]
+    assert not dots.loc["Few-v0, TD3, 100,000", "worse"].any()  # nobody knows
+
+
+LINE = {"identity": "legacy", "origin": "", "settings": ""}
+
+
+def test_runs_of_other_settings_or_starts_are_other_lines_and_replace_nothing(tmp_path, drawn):
+    cells, origin = tmp_path / "sweep", {"run": "x", "step": 25_000, "args": {"env_id": "Pendulum-v1"} | BASE}
+    for i, settings in enumerate((BASE, {}, {"q_lr": 1e-4}, {"q_lr": 1e-4} | BASE, {"eval_episodes": 3})):
+        make_run(cells / str(i), td3, **settings)  # the last one is the second's training again
+    for i in (1, 2):
+        source = origin | {"args": origin["args"] | {"seed": i}, "origin": None}
+        make_run(cells / f"then {i}", td3, seed=3, origin=source, **BASE)  # two runs, of one seed
+        make_run(cells / f"pave {i}", td3, seed=i, origin=source)
+    make_run(cells / "late", td3, origin=source | {"step": 50_000})
+    legacy = [row(env_id="Pendulum-v1", steps=300), row("pave", env_id="Pendulum-v1", steps=300)]
+    text = make(tmp_path, legacy, cells)
+    lines = table(text, "P(calmer)")
+    assert {name.removeprefix("TD3 "): line["seeds"] for name, line in lines.items()} == {
+        "base": "1", "base (q_lr 0.0001)": "1", "base (settings not recorded)": "1", "pave": "1",
+        "pave (q_lr 0.0001)": "1", "pave (settings not recorded)": "1", "base-then-base": "2",
+        "base-then-pave (from base at 25,000)": "2", "base-then-pave (from base at 50,000)": "1",
+    }  # fmt: skip
+    rows = pd.read_csv(tmp_path / "out/runs.csv", dtype={"identity": str}).set_index(["method", "seed"])
+    assert rows.loc[("base-then-base", 3), "origin"].tolist() == ["base seed 1 at 25,000", "base seed 2 at 25,000"]
+    assert json.loads(rows.loc[("base-then-base", 3), "settings"].iloc[0])["lambda_mpr"] == 0
+    assert rows.loc[("base", 1), "identity"].nunique() == 3 and (rows["identity"] == "legacy").sum() == 2
+    again = (tmp_path / "out/runs.csv").read_bytes()
+    report.main(report.Args((tmp_path / "out/runs.csv", cells), tmp_path / "twice"))  # the same runs: still once each
+    assert (tmp_path / "twice/runs.csv").read_bytes() == again
+    assert {"effect.png", "Pendulum-v1_300_tradeoff.png"} <= drawn.keys()
+
+
+def test_a_line_compares_with_the_base_of_its_own_settings():
+    lines = [("base", "", 1.0), ("base (q_lr)", '{"q_lr": 1}', 2.0), ("base (gamma)", '{"gamma": 1}', 3.0)]
+    lines += [("pave (q_lr)", '{"q_lr": 1, "lambda_mpr": 2}', 9.0), ("pave", '{"lambda_mpr": 2, "gamma": 1}', 9.0)]
+    lines += [("auto (old)", "", 9.0)]
+    rows = pd.DataFrame(lines, columns=["line", "settings", "oscillation"])
+    rows["method"] = rows["line"].str.partition(" ")[0]
+    expected = {"pave (q_lr)": [2.0], "pave": [3.0], "auto (old)": [1.0], "base": [], "base (q_lr)": []}
+    for line, told in expected.items():
+        assert report.reference(rows, line)["oscillation"].tolist() == told
+
+
+def test_a_wrapped_env_reports_under_the_env_inside(tmp_path, monkeypatch):
+    run = make_run(tmp_path, td3, **BASE)
+    saved = torch.load(run / "checkpoint.pt")
+    saved["args"]["env_id"] = "benchmarks.envs:filter/Pendulum-v1"
+    torch.save(saved, run / "checkpoint.pt")
+    told = report.read_run(run)
+    assert (told["env_id"], told["method"], told["action_dim"]) == ("Pendulum-v1", "filter", 1)
+
+
+def test_an_evaluation_counts_only_for_the_training_that_it_is_of(tmp_path):
+    run = make_run(tmp_path, td3)
+    file = run / "evaluation.json"
+    good = json.loads(file.read_text())
+    assert report.read_run(run)["return_mean"] == -100
+    for stale in ({"step": 100}, {"episodes": 0}, {"version": 1}, {"step": None}):
+        changed = {name: value for name, value in (good | stale).items() if value is not None}
+        file.write_text(json.dumps(changed))
+        told = report.read_run(run)
+        assert told["missing"].startswith("not evaluated (evaluation.json is of ") and "return_mean" not in told
+
+
+def test_each_stretch_of_a_training_tells_its_machine_and_commit(tmp_path):
+    run = make_run(tmp_path, td3)
+    stretches = [{"machine": "A", "torch": "2.13", "commit": "c1", "preload": "x.so"}]
+    stretches += [{"machine": name, "torch": "2.13", "commit": "c2", "preload": None} for name in ("B", "A")]
+    (run.parent / "cell.json").write_text(json.dumps({"stretches": stretches, "command": "how", "wall_seconds": None}))
+    told = report.read_run(run)
+    assert [told[name] for name in report.MADE] == ["A, LD_PRELOAD=x.so; B; A", "2.13", "c1; c2"]
+    assert (told["command"], told["wall_seconds"]) == ("how", None)
+    (run.parent / "cell.json").write_text('{"machine": "one", "torch": "2", "commit": "abc"}')  # an older cell
+    assert [report.read_run(run)[name] for name in report.MADE] == ["one", "2", "abc"]
+
+
+def test_a_section_says_where_and_by_what_its_runs_were_made(tmp_path):
+    commit = "0123456789" * 4
+    rows = [row(commit=commit, machine="A", version=2), row("pave", commit=f"{commit}; {commit[::-1]}", machine="A")]
+    text = make(tmp_path, rows)
+    assert (
+        "Commits: 0123456 (1 run); 0123456; 9876543 (1 run). Machines: A. Versions of the evaluation: 2 (1 run); 1"
+        in text
+    )
 
 
 def test_the_published_report_is_that_of_its_csv(tmp_path):
@@ -139,29 +260,31 @@ def test_the_published_report_is_that_of_its_csv(tmp_path):
     assert max(path.stat().st_size for path in PUBLISHED.glob("*.png")) < 80_000
 
 
-def test_a_sweeps_runs_count_over_a_csvs(tmp_path, capsys):
+def test_a_later_input_counts_but_what_has_no_result_replaces_none(tmp_path, capsys):
     cells = tmp_path / "sweep"
-    hopper = {"env_id": "Hopper-v5", "returns": (9000.0, 2500.0, 2499.0)}
-    runs = [make_run(cells / f"any name {i}", td3, seed=i, **BASE | hopper) for i in (1, 2, 3)]
+    hopper = BASE | {"env_id": "Hopper-v5", "returns": (9000.0, 2500.0, 2499.0)}
+    runs = [make_run(cells / f"any name {i}", td3, seed=i, **hopper) for i in (1, 2, 3)]
+    report.main(report.Args((cells,), tmp_path / "old"))
+    old = pd.read_csv(tmp_path / "old/runs.csv", dtype={"identity": str}).assign(smoothness_mean=7.0)
     make_run(cells / "4", td3, seed=4, evaluated=False)
     (make_run(cells / "6", td3, seed=6) / "evaluation.json").write_text('{"return_mean": 1')
     (runs[0].parent / "cell.json").write_text(json.dumps({"wall_seconds": 12.5, "command": "how"}))
     (runs[1] / "checkpoint.pt").unlink()  # it may have been too large to keep
     (runs[2] / "summary.json").unlink()
     (make_run(cells / "5", td3, seed=5) / "checkpoint.pt").write_bytes(b"broken")
-    make(tmp_path, [row(steps=300, sm=9.0), row("pave", steps=300), row(seed=3, steps=300, sm=7.0)], cells, runs[1])
-    told = pd.read_csv(tmp_path / "out" / "runs.csv").set_index(["env_id", "method", "seed"])
-    names = ["smoothness_mean", "return_mean", "return_mean@0.1", "wall_seconds", "command"]
+    make(tmp_path, old, cells, runs[1])
+    told = pd.read_csv(tmp_path / "out/runs.csv").set_index(["env_id", "method", "seed"])
+    names = ["smoothness_mean", "return_mean", "return_mean@0.1", "wall_seconds", "command", "random_return"]
     names += ["evaluations", "good_evaluations"]  # those at 200 and 300 steps
-    assert told.loc[("Hopper-v5", "base", 1), names].tolist() == [0.1, 2499.0, 2498.9, 12.5, "how", 2, 1]
+    assert told.loc[("Hopper-v5", "base", 1), names].tolist() == [0.1, 2499.0, 2498.9, 12.5, "how", -1000, 2, 1]
     assert told.loc[("Hopper-v5", "base", 3), "smoothness_mean"] == 7.0  # what has no result replaces none
     command = told.loc[("Hopper-v5", "base", 2), "command"]  # not of a sweep: what makes it differ from the defaults
-    assert command.startswith("td3_pave_continuous.py with {'env_id': 'Hopper-v5', ") and "'lambda_mpr': 0.0" in command
+    assert command.startswith("td3_pave_continuous.py with {") and "'lambda_mpr': 0" in command
     assert "seed" not in command and "gamma" not in command
     missing = {("Pendulum-v1", "pave", seed): "not evaluated (benchmarks.evaluate)" for seed in (4, 6)}
     assert told["missing"].dropna().to_dict() == missing
     errors = capsys.readouterr().err
-    assert "continuous__5 is left out" in errors and "2 results are replaced" in errors
+    assert "continuous__5 is left out" in errors and "3 results are replaced" in errors
 
 
 BAD_ROWS = {  # what the error says: rows of in.csv
