@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -99,8 +98,11 @@ def unwrap(env_id: str) -> tuple[str, str]:
 
     "" and the id itself for any other.
     """
-    wrapped = re.fullmatch(rf"(?:.*:)?({'|'.join(WRAPPERS)})/(.*)", env_id)
-    return (wrapped[1], wrapped[2]) if wrapped else ("", env_id)
+    module, _, name = env_id.rpartition(":")
+    namespace, _, inner = name.rpartition("/")
+    if namespace not in WRAPPERS:
+        return "", env_id
+    return namespace, inner if module in ("", "benchmarks.envs") else f"{module}:{inner}"
 
 
 def method_of(script: ModuleType, args: dict, origin: dict | None = None) -> str:

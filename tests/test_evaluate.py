@@ -6,11 +6,12 @@ import re
 from dataclasses import replace
 from unittest.mock import Mock
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from make_run import BASE
+from make_run import BASE, make_run
 from programs import fails
 from torch.autograd.functional import hessian, jacobian
 
@@ -18,6 +19,7 @@ import sac_pave_continuous as sac
 import td3_pave_continuous as td3
 from benchmarks import common, evaluate
 from benchmarks.common import Episode, load_run, rollout
+from benchmarks.envs import FILTER_BETA
 
 
 @pytest.fixture
@@ -77,6 +79,7 @@ def test_a_wrapped_env_and_a_warm_start_are_in_the_methods_name():
     base, pave = of(td3, **BASE), of(td3)
     filtered = pave | {"env_id": "benchmarks.envs:filter/Pendulum-v1"}
     assert common.unwrap(filtered["env_id"]) == ("filter", "Pendulum-v1")
+    assert common.unwrap("mine:penalty/Robot-v1") == ("penalty", "mine:Robot-v1")
     assert common.unwrap("mine:Filter-v1") == ("", "mine:Filter-v1") and common.unwrap("x/A-v0") == ("", "x/A-v0")
     assert common.method_of(td3, filtered) == "filter+pave"
     assert common.method_of(td3, base | {"env_id": "benchmarks.envs:penalty/Pendulum-v1"}) == "penalty"
@@ -127,6 +130,24 @@ def test_rollout_is_the_scripts_evaluation_and_noise_blurs_only_what_the_policy_
                 seen = np.float32(observation + rng.uniform(-1, 1, 3) * noise)
                 assert np.array_equal(run.actor(torch.from_numpy(seen)[None])[0].numpy(), action)
                 observation = env.step(action)[0]
+
+
+def test_a_filtered_run_is_measured_on_what_the_env_got_and_a_penalised_one_without_the_penalty(tmp_path):
+    run = load_run(make_run(tmp_path / "1", sac, env_id="benchmarks.envs:filter/Pendulum-v1"))
+    with common.evaluation_env(run) as env:
+        (episode,), metrics = rollout(run, env, 1)
+    sent = 0.0
+    for action, got in zip(episode.actions[:, 0], episode.env_actions[:, 0], strict=True):
+        sent = FILTER_BETA * sent + (1 - FILTER_BETA) * 2 * action
+        assert got == pytest.approx(sent, abs=1e-5)
+    assert metrics["oscillation"] == pytest.approx(np.abs(np.diff(episode.env_actions, axis=0)).mean())
+    assert episode.env_actions.std() < 2 * episode.actions.std()
+    run = load_run(make_run(tmp_path / "2", sac, env_id="benchmarks.envs:penalty/Pendulum-v1"))
+    with common.evaluation_env(run) as env, gym.make("Pendulum-v1") as plain:
+        (episode,), _ = rollout(run, env, 1)
+        plain.reset(seed=sac.EVALUATION_SEED)
+        rewards = [plain.step(action)[1] for action in episode.env_actions]
+    assert episode.rewards == pytest.approx(np.array(rewards), abs=1e-4)
 
 
 def test_the_machine_is_named_with_its_gpu_preload_and_commit(monkeypatch):
