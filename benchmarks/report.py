@@ -82,9 +82,10 @@ that plain's own dots show how much seeds differ anyway. Left of the line at 1 t
 learned less: its return is below plain's median by more than a tenth of what plain gained over a random policy (where
 random's return was not measured, none is hollow). The numbers are in the tables below."""
 
-SUMMARY = """Median of the method's seeds over median of base's; below 1 is smoother. In brackets: over all pairs of a
-seed of the method and one of base, so that base's column shows how much base itself scatters. There is no mean over the
-envs: few have the same methods. \\*: episode lengths differ or were not recorded, so sm isn't comparable."""
+SUMMARY = """Oscillation and sm over base's, env by env: median of the method's seeds over median of base's; below 1 is
+calmer, or smoother. In brackets: over all pairs of a seed of the method and one of base, so that base's column shows
+how much base itself scatters. There is no mean over the envs: few have the same methods. \\*: episode lengths differ or
+were not recorded, so sm isn't comparable."""
 
 
 @dataclass
@@ -541,7 +542,7 @@ def main(args: Args) -> None:
             plot.save(plot.effect_figure(dots), folder / "effect.png")
             parts += ["![Each agent's oscillation over the plain agent's, task by task](effect.png)", EFFECT]
         parts += ["## How to read the tables", NOTES]
-        parts += ["## Summary: oscillation and sm over base's, env by env", SUMMARY]
+        parts += ["## Summary", SUMMARY]
         parts += ["Oscillation:", summary(done, "oscillation"), "sm:", summary(done, "smoothness_mean")]
         for _, part in rows.groupby(["env_id", "steps"]):
             parts += section(part, folder)
