@@ -75,7 +75,9 @@ def validate(args):
     """Return args with each None weight looked up for this env; UserError on a setting that makes no sense."""
     weights = WEIGHTS.get(sac_pave_continuous.env_name(args.env_id), DEFAULT_WEIGHTS)
     require(not args.resume or args.caps_temporal is not None, "--resume is no CAPS run: give one that CAPS began")
-    args = replace(args, **{name: value for name, value in weights.items() if getattr(args, name) is None})
+    for name, value in {"lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0, **weights}.items():
+        if getattr(args, name) is None:  # a lambda is None after a warm start, for the script to look it up
+            args = replace(args, **{name: value})
     for name in (*weights, "caps_sigma"):
         value = getattr(args, name)
         require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be 0 or a positive number")

@@ -8,9 +8,10 @@
     Pendulum-x0.1-v1, Pendulum-x10-v1    Pendulum-v1 with its rewards multiplied by 0.1 and by 10
     Pendulum-sparse-v1    Pendulum-v1 with a reward of 1 a step while the pole is within 18 degrees of upright, else 0
 
-ENV is any env with bounded actions that Gymnasium knows when this module is imported. For the first three the scripts
-look up ENV's own lambdas, for the others the untuned ones. The strength of filter and penalty was chosen once for all
-envs, on seeds that are not reported (NOTES.md, 2026-11-28).
+ENV is any env with bounded actions that Gymnasium itself has. An env of your own gets the first three from its module,
+by `benchmarks.envs.add_rivals("MyRobot-v0")`; they are then my_module:filter/MyRobot-v0 and so on. For these three the
+scripts look up ENV's own lambdas, for the others the untuned ones. The strength of filter and penalty was chosen once
+for all envs, on seeds that are not reported (NOTES.md, 2026-11-28).
 """
 
 import functools
@@ -120,14 +121,19 @@ class SparsePendulum(PendulumEnv):
         return observation, float(observation[0] > 0.95), terminated, truncated, info  # cos(18 degrees) is 0.95
 
 
-for spec in list(gym.registry.values()):
-    if spec.namespace is None:
-        for namespace, make in (("filter", make_filter), ("penalty", make_penalty), ("remember", make_remember)):
-            entry_point = functools.partial(make, spec.id)
-            # the inner env's checks are enough, and its own time limit ends the episode at the same step
-            options = {"max_episode_steps": spec.max_episode_steps, "disable_env_checker": True}
-            gym.register(f"{namespace}/{spec.id}", entry_point, **options)
+def add_rivals(env_id: str) -> None:
+    """Register filter/, penalty/ and remember/ of a registered env."""
+    for namespace, make in (("filter", make_filter), ("penalty", make_penalty), ("remember", make_remember)):
+        entry_point = functools.partial(make, env_id)
+        # the inner env's checks are enough, and its own time limit ends the episode at the same step
+        options = {"max_episode_steps": gym.spec(env_id).max_episode_steps, "disable_env_checker": True}
+        gym.register(f"{namespace}/{env_id}", entry_point, **options)
+
+
 for name, factor in {"x0.1": 0.1, "x10": 10.0}.items():
     entry_point = functools.partial(make_scaled_pendulum, factor)
     gym.register(f"Pendulum-{name}-v1", entry_point, max_episode_steps=200)
 gym.register("Pendulum-sparse-v1", SparsePendulum, max_episode_steps=200)
+for spec in list(gym.registry.values()):
+    if spec.namespace is None:
+        add_rivals(spec.id)
