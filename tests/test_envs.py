@@ -28,7 +28,7 @@ def test_the_lambdas_and_the_time_limit_are_the_inner_envs(script, env_id):
     assert [getattr(found, name) for name in script.LAMBDAS] == [getattr(plain, name) for name in script.LAMBDAS]
     env = script.make_env(env_id)
     *_, ends = play(env, np.zeros((199, 1)))
-    assert ends == [False, False] and env.step(np.zeros(1))[2:4] == (False, True)
+    assert ends == [False, False] and env.step(np.zeros(1))[2:4] == (False, True) and env.spec.max_episode_steps == 200
 
 
 def test_the_filter_sends_the_mean_of_its_last_action_and_the_new_one_and_tells_both(script):

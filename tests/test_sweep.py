@@ -101,32 +101,44 @@ def cells(**changes) -> dict[str, sweep.Cell]:
 
 def test_grid(tmp_path):
     grid = cells(envs=("Pendulum-v1", "a_module:Robot-v0"), methods=("base", "ablation"), seeds=(1, 2))
-    assert len(grid) == 2 * 2 * 2 * 9 and "a_module-Robot-v0__sac__ablation-101__2" in grid
+    assert len(grid) == 2 * 2 * 2 * 9 and "a_module-Robot-v0__sac__ablation-101__2__1000000" in grid
     steps = [cell.about["steps"] for cell in grid.values()]
     assert (steps[0], steps[-1]) == (100_000, 1_000_000)
-    methods = ("base", "pave", "ablation-100", "untuned", "auto", "caps")
+    methods = ("base", "pave", "ablation-100", "untuned", "auto", "caps", "filter", "penalty", "filter+pave")
     paper = cells(preset="paper-td3", methods=methods, seeds=(3,))
     assert [method_of(td3, cell.settings) for cell in paper.values()] == [*methods]  # as the runs call themselves
-    command = paper["Pendulum-v1__td3__caps__3"].about["command"]
+    command = paper["Pendulum-v1__td3__caps__3__100000"].about["command"]
     assert command.startswith("python -m benchmarks.caps td3_pave_continuous --env-id Pendulum-v1 --seed 3 ")
+    filtered = paper["Pendulum-v1__td3__filter+pave__3__100000"].settings
+    assert [filtered[name] for name in td3.LAMBDAS] == [2, 0.005, 2] and filtered[
+        "env_id"
+    ] == "benchmarks.envs:filter/Pendulum-v1"
+    (own,) = cells(envs=("a_module:Robot-v0",), methods=("penalty",), seeds=(1,), scripts=("sac",)).values()
+    assert own.settings["env_id"] == "a_module:penalty/Robot-v0" and own.about["env_id"] == "a_module:Robot-v0"
 
     file = tmp_path / "grid.toml"
     file.write_text('[[grid]]\npreset = "paper-td3"\nseeds = [7]\n[[grid]]\nenvs = ["Hopper-v5"]\nscripts = ["sac"]\n')
     both = cells(grid=file, methods=("pave",), seeds=(1,), flags="--tau 0.1")
-    assert list(both) == ["Pendulum-v1__td3__pave__7", "Hopper-v5__sac__pave__1"]
+    assert list(both) == ["Pendulum-v1__td3__pave__7__100000", "Hopper-v5__sac__pave__1__1000000"]
     assert {cell.settings["tau"] for cell in both.values()} == {0.1}
-    assert list(cells(grid=file, only="Hopper.*__5$", methods=("pave",))) == ["Hopper-v5__sac__pave__5"]
+    assert list(cells(grid=file, only="Hopper.*__5__", methods=("pave",))) == ["Hopper-v5__sac__pave__5__1000000"]
     file.write_text('[[grid]]\nseeds = [1]\n[[grid]]\nseeds = [1]\nname = "own"\nflags = "--tau 0.1"\n')
     named = cells(grid=file, scripts=("td3",), methods=("base",))  # side by side, with different settings
-    assert list(named) == ["Pendulum-v1__td3__base__1", "Pendulum-v1__td3__base__1__own"]
+    assert list(named) == ["Pendulum-v1__td3__base__1__100000", "Pendulum-v1__td3__base__1__100000__own"]
 
 
 def test_every_reported_run_is_one_of_results_toml():
     """With the same settings: who trains that grid gets these runs."""
-    grid = [cell.settings for cell in cells(grid=ROOT / "benchmarks/results.toml").values()]
+
+    def training(cell_settings, script):
+        return {name: value for name, value in cell_settings.items() if name not in script.FREE_SETTINGS}
+
+    grid = [training(cell.settings, cell.script) for cell in cells(grid=ROOT / "benchmarks/results.toml").values()]
     for row in csv.DictReader((ROOT / "benchmarks/results/report/runs.csv").open(newline="")):
-        flags = shlex.split(row["command"].partition("_pave_continuous")[2].removeprefix(".py"))
-        assert sweep.settings_given(row["algorithm"], row["method"], flags) in grid, row["command"]
+        command = re.sub("benchmarks.(scaled|sparse)_rewards:", "benchmarks.envs:", row["command"])  # as they once were
+        flags = shlex.split(command.partition("_pave_continuous")[2].removeprefix(".py"))
+        settings = sweep.settings_given(row["algorithm"], row["method"], flags)
+        assert training(settings, sweep.ALGORITHMS[row["algorithm"]]) in grid, row["command"]
 
 
 BAD_INPUT = {
@@ -135,6 +147,10 @@ BAD_INPUT = {
     "--only (": "--only ( is no regular expression", "--address auto": "pip install ray",
     "[[grid]]\nseeds = ['x']": "seeds", "grid = 3": "no TOML file",
     "[[grid]]\n[[grid]]\nflags = '--tau 0.1'": "two grids want",
+    "--warm-start x": "--warm-start needs --steps", "--warm-start x --steps 9 --methods filter": "another env",
+    "--warm-start x --steps 9 --preset paper-td3": "no --preset",
+    "--warm-start x --steps 9 --flags='--learning-starts 9'": "no --learning-starts",
+    "--warm-start x --steps 9": "must find one finished run of sac, Pendulum-v1, seed 1; it finds none",
 }  # fmt: skip
 
 
@@ -171,9 +187,22 @@ def rewrite(file, **changes):
 
 def untrained(folder, method, **settings):
     """A run of arguments(folder), not trained, but it says that it is finished and evaluated."""
-    made = make_run(folder / f"Pendulum-v1__td3__{method}__1", td3, learning_starts=50, **settings)
+    made = make_run(folder / f"Pendulum-v1__td3__{method}__1__300", td3, learning_starts=50, **settings)
     rewrite(made / "evaluation.json", **evaluate.about(300, 10))
     return made.rename(f"{made}__1000")
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
+def outcome(capsys, *parts, **changes):
+    """What the sweep says of its only cell, which it gets done."""
+    sweep.main(arguments(*parts, **changes))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1/1 done ") and lines[1:] == ["1 of 1 runs are finished"]
+    assert not list(parts[0].glob(".stop*"))
+    return lines[0].partition("  ")[2]
 
 
 @pytest.fixture
@@ -183,81 +212,172 @@ def run(tmp_path):
 
 def test_what_is_left_to_do_for_a_cell(run, tmp_path, capsys):
     def look(flags="", folder=tmp_path, **changes):
-        """Step and folder of the run to go on with, or what is wrong."""
+        """Step and folder of the run to go on with, and whether it is finished; or what is wrong."""
         try:
             return sweep.inspect(sweep.make_cells(arguments(folder, flags, **changes))[0])
         except USER_ERRORS as error:
             return str(error)
 
-    assert look(folder=tmp_path / "nowhere") == (0, None) and look() == (300, run) == look(steps=400)
-    assert look("--checkpoint-interval 7 --no-cuda --eval-interval 7") == (300, run)  # these are no matter
+    nothing, finished = (0, None, False), (300, run, True)
+    assert look(folder=tmp_path / "nowhere") == nothing and look() == finished
+    assert look(steps=400) == nothing == look(steps=50)  # other cells
+    assert look("--checkpoint-interval 7 --no-cuda --eval-interval 7") == finished  # these are no matter
     assert "gamma 0.99 instead of 0.5" in look("--gamma 0.5")
-    assert "total_timesteps 300 instead of 50" in look(steps=50)
     rewrite(run / "summary.json", a_flag_since_removed=3)
-    assert look() == (300, run)
+    assert look() == finished
     for flags, words in (("", "step 300 of 300\n    python td3_pave"), ("--gamma 0.5", "was trained with gamma 0.99")):
         sweep.main(arguments(tmp_path, flags, dry_run=True))
-        assert f"Pendulum-v1__td3__base__1: {words}" in capsys.readouterr().out
+        assert f"Pendulum-v1__td3__base__1__300: {words}" in capsys.readouterr().out
 
     summary = (run / "summary.json").rename(tmp_path / "summary.json")
-    assert look() == (0, None)  # killed in its last step, before the summary
+    assert look() == (300, run, False)  # killed before the summary
+    assert "gamma" in look("--gamma 0.5")
     newer = shutil.copytree(run, run.with_name(f"{run.name}9"))
-    assert look(steps=400) == (300, newer)
-    summary.rename(run / "summary.json")
-    rewrite(run / "summary.json", steps=400, total_timesteps=400)
-    assert look(steps=400) == (400, run)  # the furthest
-    (newer / "checkpoint.pt").unlink()
-    assert look(steps=500) == (300, run)
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    del saved["optimizers"]  # an older version kept them elsewhere: it can't be resumed
-    torch.save(saved, run / "checkpoint.pt")
-    assert look(steps=500) == (0, None)
+    saved = torch.load(newer / "checkpoint.pt", weights_only=True)
+    torch.save(saved | {"step": 200}, newer / "checkpoint.pt")
+    assert look() == (300, run, False)  # the furthest
+    torch.save(
+        saved | {"origin": {"run": "R", "step": 70, "args": saved["args"], "origin": None}}, newer / "checkpoint.pt"
+    )
+    assert "a start from step 70 of R instead of a start from scratch" in look()
+    (newer / "checkpoint.pt").write_bytes(b"half")
+    assert look() == (300, run, False)
+    summary.rename(newer / "summary.json")
+    assert look() == (300, newer, True)  # finished: it needs no checkpoint, which people delete
+    (newer / "summary.json").unlink()
     (run / "checkpoint.pt").unlink()
-    assert look(steps=400) == (400, run) and look(steps=500) == (0, None)  # it is the summary that says so
-    assert "gamma" in look("--gamma 0.5", steps=400)
+    assert look() == nothing
 
     auto = untrained(tmp_path, "auto", autotune_curv=True)
-    rewrite(auto / "summary.json", lambda_curv=0.7)  # as it found it
-    assert look(methods=("auto",)) == (300, auto)
+    assert look(methods=("auto",)) == (300, auto, True)
 
 
-def test_a_sweep_trains_evaluates_resumes_and_removes_nothing_and_the_report_has_it(run, tmp_path, capsys):
-    def files():
-        return {path: path.read_bytes() for path in run.parent.rglob("*") if path.is_file() and path.name != "log.txt"}
+def test_a_look_reads_no_replay(run, tmp_path, monkeypatch):
+    """Of a checkpoint of gigabytes: torch maps the file, and nobody touches the pages."""
+    (run / "summary.json").unlink()
+    load, asked = torch.load, []
+    monkeypatch.setattr(
+        torch, "load", lambda *parts, **options: asked.append(options["mmap"]) or load(*parts, **options)
+    )
+    sweep.main(arguments(tmp_path, dry_run=True))
+    assert asked == [True]
 
-    def outcome(**changes):
-        sweep.main(arguments(tmp_path, **changes))
-        out = capsys.readouterr().out
-        assert out.endswith("\n1 of 1 runs are finished\n") and not list(tmp_path.glob(".stop*"))
-        return out.partition("1/1 done Pendulum-v1__td3__base__1  ")[2].splitlines()[0]
 
+def test_a_sweep_trains_evaluates_and_removes_nothing_and_the_report_has_it(run, tmp_path, capsys):
     (run / "checkpoint.pt").unlink()
     (run / "summary.json").unlink()  # as of a run that diverged before its first checkpoint
-    before = files()
-    assert re.fullmatch("300 steps in .* s, evaluated", outcome())
-    assert before.items() <= files().items()
+    before = files(tmp_path)
+    assert re.fullmatch("300 steps in .* s, evaluated", outcome(capsys, tmp_path, episodes=2))
+    assert before.items() <= files(tmp_path).items()
     (new,) = {path.parent for path in run.parent.glob("*/summary.json")}
     evaluation, about = read_json(new / "evaluation.json"), read_json(run.parent / "cell.json")
-    assert evaluate.about(300, 10).items() <= evaluation.items()
+    assert evaluate.about(300, 2).items() <= evaluation.items()
     cell = {"algorithm": "td3", "method": "base", "env_id": "Pendulum-v1", "seed": 1, "steps": 300}
-    assert (cell | {"resumed_from": 0, "torch": torch.__version__}).items() <= about.items()
-    assert about["wall_seconds"] > 0 and "cores" in about["machine"] and "--seed 1" in about["command"]
+    assert cell.items() <= about.items() and "--seed 1" in about["command"]
+    (stretch,) = about["stretches"]
+    assert {"from": 0, "to": 300, "torch": torch.__version__}.items() <= stretch.items() and "cores" in stretch[
+        "machine"
+    ]
+    assert stretch["wall_seconds"] == about["wall_seconds"] > 0
     report.main(report.Args((tmp_path,), tmp_path / "report"))
     (row,) = [row for row in csv.DictReader((tmp_path / "report/runs.csv").open()) if not row["missing"]]
     assert {name: row[name] for name in cell} == {name: str(value) for name, value in cell.items()}
     assert float(row["return_mean"]) == pytest.approx(evaluation["return_mean"], rel=1e-5)
-    assert float(row["wall_seconds"]) > 0
+    assert float(row["wall_seconds"]) > 0 and row["torch"] == torch.__version__
 
-    rewrite(new / "evaluation.json", **evaluate.about(400, 30))  # the user's own number of episodes
-    assert re.fullmatch("100 steps in .* s", outcome(steps=400))
-    about = read_json(run.parent / "cell.json")
-    assert (about["resumed_from"], about["wall_seconds"]) == (300, None)  # which would be but a part
-    assert read_json(new / "summary.json")["steps"] == 400
+    rewrite(new / "evaluation.json", **evaluate.about(300, 30))  # the user's own number of episodes
     (new / "checkpoint.pt").unlink()  # it holds the replay buffer, so people do
-    before = files()
-    assert outcome(steps=400) == "already finished" and files() == before
+    before = files(tmp_path)
+    assert outcome(capsys, tmp_path) == "already finished" and files(tmp_path) == before
     (new / "evaluation.json").unlink()
-    assert outcome(steps=400) == "already finished, but not evaluated: there is no checkpoint.pt"
+    assert outcome(capsys, tmp_path) == "already finished, but not evaluated: there is no checkpoint.pt"
+
+
+def test_a_killed_training_goes_on_and_cell_json_tells_its_stretches(run, tmp_path, capsys):
+    """After its last checkpoint and before its summary, and its sweep, too; then more steps are asked for."""
+    (run / "summary.json").unlink()
+    (run / "evaluation.json").unlink()
+    first = {"from": 0, "to": None, "wall_seconds": None, "machine": "another", "torch": "2.0", "commit": "c"}
+    (run.parent / "cell.json").write_text(json.dumps({"stretches": [first]}))
+    assert re.fullmatch("0 steps in .* s, evaluated", outcome(capsys, tmp_path))
+    about = read_json(run.parent / "cell.json")
+    assert about["stretches"][0] == first | {"to": 300} and about["wall_seconds"] is None  # nobody knows how long
+    assert [about["stretches"][1][name] for name in ("from", "to", "torch")] == [300, 300, torch.__version__]
+    assert read_json(run / "summary.json")["steps"] == 300 and len(list(run.parent.glob("*__*__*__*/"))) == 1
+
+    before = files(tmp_path)  # more steps make another run, and the finished one stays
+    assert re.fullmatch("400 steps in .* s, evaluated", outcome(capsys, tmp_path, steps=400))
+    assert before.items() <= files(tmp_path).items()
+
+
+def test_a_stopped_training_tells_how_far_it_came(run, tmp_path, monkeypatch):
+    """And one that begins anew, having no checkpoint, has a list of its own."""
+    (run / "summary.json").unlink()
+    (cell,) = sweep.make_cells(arguments(tmp_path))
+    checkpoint = run / "checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"step": 120}, checkpoint)
+    code = (
+        f"import torch; c = {str(checkpoint)!r}; torch.save(torch.load(c) | {{'step': 180}}, c); raise SystemExit(143)"
+    )
+    monkeypatch.setattr(sweep, "resume_command", lambda cell, run: shlex.split(played(cell, code).about["command"]))
+    assert sweep.run_cell(cell, 1, tmp_path / "stop")[0] == "failed"
+    (stretch,) = read_json(run.parent / "cell.json")["stretches"]
+    assert (stretch["from"], stretch["to"]) == (120, 180) and stretch["wall_seconds"] > 0
+    checkpoint.unlink()
+    sweep.run_cell(played(cell, "raise SystemExit(1)"), 1, tmp_path / "stop")
+    (stretch,) = read_json(run.parent / "cell.json")["stretches"]
+    assert (stretch["from"], stretch["to"]) == (0, 0)
+
+
+def test_a_warm_start_begins_from_the_agent_of_its_own_seed(tmp_path, capsys):
+    """Whatever lambdas the source had, in a run of its own that a second call leaves alone; it can be resumed."""
+    sources = {}
+    for seed in (1, 2):
+        cell = tmp_path / f"Pendulum-v1__td3__auto__{seed}__300"
+        sources[seed] = make_run(cell, td3, seed=seed, autotune_curv=True, learning_starts=50, gamma=0.9)
+        sources[seed] = sources[seed].rename(f"{sources[seed]}__1")
+    (sources[1].parent / "Pendulum-v1__td3_pave_continuous__1__0").mkdir()  # one that came to nothing
+    before, pattern = files(tmp_path), f"{tmp_path}/*auto*"
+    args = sweep.Args(("td3",), seeds=(1, 2), methods=("base", "pave", "auto", "caps"), steps=30, warm_start=pattern)
+    args.flags, args.output_dir, args.jobs = "--eval-episodes 1", tmp_path / "finish", 1
+    made = {cell.folder.name: cell for cell in sweep.make_cells(args)}
+    for seed in (1, 2):
+        for method, lambdas in {
+            "base": (0, 0, 0),
+            "pave": (2, 0.005, 2),
+            "auto": (0.1, 0.0005, 0.01),
+            "caps": (0, 0, 0),
+        }.items():
+            cell = made[f"Pendulum-v1__td3__then-{method}__{seed}__30"]
+            assert tuple(cell.settings[name] for name in td3.LAMBDAS) == lambdas, cell.about
+            assert cell.settings["gamma"] == 0.9 and cell.settings["autotune_curv"] == (method == "auto")
+            assert f"--warm-start {sources[seed]}/checkpoint.pt" in cell.about["command"]
+
+    args.only = "then-(caps|pave)__2"
+    sweep.main(args)
+    assert "2 of 2 runs are finished" in capsys.readouterr().out and before.items() <= files(tmp_path).items()
+    for method in ("caps", "pave"):
+        (folder,) = (args.output_dir / f"Pendulum-v1__td3__then-{method}__2__30").glob("*__*__*__*/")
+        summary = read_json(folder / "summary.json")
+        assert (summary["steps"], summary["seed"], summary["lambda_mpr"]) == (30, 2, 2.0 * (method == "pave"))
+        assert (summary["origin"]["run"], summary["origin"]["step"]) == (sources[2].name, 300)
+        assert load_run(folder).method == f"auto-then-{method}"
+    (folder / "summary.json").unlink()  # as if it had been killed just before
+    args.only = "then-pave__2"
+    sweep.main(args)
+    assert read_json(folder / "summary.json") == summary | {"steps_per_second": 0.0}
+    before = files(args.output_dir)
+    sweep.main(args)
+    assert "1/1 done Pendulum-v1__td3__then-pave__2__30  already finished" in capsys.readouterr().out
+    assert files(args.output_dir) == before
+
+    shutil.copytree(sources[2], f"{sources[2]}9")
+    with pytest.raises(USER_ERRORS, match=f"one finished run of td3, Pendulum-v1, seed 2; it finds {sources[2]}, .*9$"):
+        sweep.make_cells(args)
+    shutil.rmtree(sources[2])
+    with pytest.raises(USER_ERRORS, match=r"then-pave.*: was trained"):  # by name and step it is another source
+        raise USER_ERRORS[0](f"then-pave: {sweep.inspect(sweep.make_cells(args)[0])}")
 
 
 def test_one_failure_does_not_stop_the_rest(run, tmp_path, monkeypatch, capsys):
@@ -270,12 +390,12 @@ def test_one_failure_does_not_stop_the_rest(run, tmp_path, monkeypatch, capsys):
     with open(others[1].folder / "log.txt", "a") as log, pytest.raises(SystemExit, match="1"):
         fcntl.flock(log, fcntl.LOCK_EX)
         sweep.main(arguments(tmp_path, jobs=1))
-    name, out = "Pendulum-v1__td3__base_", capsys.readouterr().out.splitlines()
-    assert out[0] == f"1/4 failed {name}_2  exit code 1: the cause ({fails.folder}/log.txt)"
-    assert out[1] == f"2/4 failed {name}_3  KeyError('algorithm')"
-    assert out[2].startswith(f"3/4 failed {name}_4  another process is training it")
-    assert out[3] == f"4/4 done {name}_1  already finished"
-    assert out[4:] == [f"1 of 4 runs are finished; these failed: {name}_2, {name}_3, {name}_4"]
+    name, out = "Pendulum-v1__td3__base__", capsys.readouterr().out.splitlines()
+    assert out[0] == f"1/4 failed {name}2__300  exit code 1: the cause ({fails.folder}/log.txt)"
+    assert out[1] == f"2/4 failed {name}3__300  KeyError('command')"
+    assert out[2].startswith(f"3/4 failed {name}4__300  another process is training it")
+    assert out[3] == f"4/4 done {name}1__300  already finished"
+    assert out[4:] == [f"1 of 4 runs are finished; these failed: {name}2__300, {name}3__300, {name}4__300"]
 
 
 # ----------------------------------------------------------------------------------------------- GPUs, stops, Ray
