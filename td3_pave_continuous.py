@@ -11,8 +11,8 @@
 # ///
 """TD3 + PAVE: smooth policies by shaping the critic (arXiv 2601.22970). The actor's loss stays plain TD3.
 
-Why a policy chatters. The actor is trained to take the action a*(s) that maximises the critic's Q(s, a). At an interior
-maximum grad_a Q(s, a*(s)) = 0; differentiating this by s gives the slope of the policy:
+Why a policy chatters. The actor is trained towards the action a*(s) that maximises the critic's Q(s, a). At a maximum
+inside the action's limits grad_a Q(s, a*(s)) = 0; differentiating this by s gives the slope of a*:
 
     da*/ds = -[d2Q/da2]^-1 d2Q/dsda,    so that |da*/ds| <= M / mu
 
@@ -20,7 +20,7 @@ maximum grad_a Q(s, a*(s)) = 0; differentiating this by s gives the slope of the
     mu   the least curvature of Q at its maximum, over all states and directions of a: how sharp the maximum is
 
 So the action jumps where the critic's gradient turns fast or where its maximum is flat. PAVE adds three losses to each
-critic. The first two make M small, the third works for a large mu:
+critic, at the replayed states and actions. The first two work for a small M, the third for a large mu:
 
     MPR   mean (grad_a Q(s + e, a) - grad_a Q(s, a))^2,  e ~ N(0, sigma^2)   mixed-partial regularisation
     VFC   mean (grad_a Q(s', a) - grad_a Q(s, a))^2,  s' the next state      vector-field consistency
@@ -31,8 +31,8 @@ critic. The first two make M small, the third works for a large mu:
 What each tends to. For small sigma MPR is sigma^2 |d2Q/dsda|_F^2 / d_a: it sees every direction of the state. VFC sees
 only the direction in which the agent moves, s' - s. Neither minds a Q that is flat in a, and the maximum of a flat Q is
 anywhere: mu is zero, and the action jumps. Curv works against that: the mean of v^T H v over probes is the trace of H,
-the sum of the curvatures, which it pushes below -delta. With one action dimension that is mu itself; with more, a
-direction may stay flat while the others are sharp.
+the sum of its eigenvalues, which it pushes below -delta. With one action dimension that is the curvature itself; with
+more, a direction may stay flat while the others are sharp.
 
 Conventions that the lambdas depend on. Means are over the batch and, in MPR and VFC, over the d_a action dimensions,
 too. The TD loss is not halved, as in TD3's paper. The critic sees actions in [-1, 1].
@@ -95,14 +95,14 @@ class Args:
     exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in units of [-1, 1]
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions, in units of [-1, 1]
     noise_clip: float = 0.5  # bound of that noise
-    lambda_mpr: float | None = None  # weight of MPR; None: the env's own, else 0.1
+    lambda_mpr: float | None = None  # weight of MPR; None: the env's own, else 0.1; with --autotune-curv 0.1
     lambda_vfc: float | None = None  # weight of VFC; None: the env's own, else 0.1; with --autotune-curv 0.0005
-    lambda_curv: float | None = None  # weight of Curv; None: the env's own, else 0.01, also where autotuning starts
+    lambda_curv: float | None = None  # weight of Curv; None: the env's own, else 0.01; --autotune-curv starts at 0.01
     mpr_sigma: float = 0.01  # standard deviation of MPR's noise, in the observation's own units
     curv_delta: float = 1.0  # margin delta by which Curv wants v^T H v below zero
     pave_batch_size: int | None = None  # rows of the minibatch that the PAVE losses use: unbiased, cheaper; None: all
     autotune_curv: bool = False  # tune lambda_curv; it and delta then scale with the critic's action gradient
-    target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below -delta
+    target_concavity: float = 0.95  # share of the samples that --autotune-curv wants to have v^T H v below its margin
     cuda: bool = True  # use a CUDA device if there is one
     torch_deterministic: bool = True  # let torch use deterministic algorithms only
     compile: bool = True  # torch.compile the losses: up to a minute at the start, 5 s from its cache
@@ -112,11 +112,11 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation; 0: no evaluation
     checkpoint_interval: int = 50_000  # steps after which the next episode end writes checkpoint.pt and actor.pt
     resume: str | None = None  # checkpoint.pt of a run that was stopped: goes on with it, in its folder, as it was
-    warm_start: str | None = None  # checkpoint.pt of any run: a new run begins with its agent, replay and settings
+    warm_start: str | None = None  # checkpoint.pt of any run: a new run begins with its agent and replay
 
 
-# Settings that a resumed run may change, for they say where and how it runs, not what it learns. (What a warm-started
-# run began from is not told by the path in warm_start but by the checkpoint's "origin".)
+# Settings that a resumed run may change, for they say where and how it runs, not what it learns; total_timesteps may be
+# raised, too. (What a warm-started run began from is told by the checkpoint's "origin", not by the path in warm_start.)
 FREE_SETTINGS = {"output_dir", "resume", "warm_start", "eval_interval", "eval_episodes", "checkpoint_interval"}
 FREE_SETTINGS |= {"cuda", "torch_deterministic", "compile", "cudagraphs"}
 
@@ -329,7 +329,7 @@ class ReplayBuffer:
         return Batch(observations, next_observations, actions, rewards.squeeze(1), terminations.squeeze(1))
 
 
-# ======== THE METHOD, 1 of 3: the networks. Read from here down to THE MACHINERY.
+# ======== THE METHOD, 1 of 3: the networks. Read from here to the end of Agent.
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -396,7 +396,8 @@ def hutchinson_trace(q, observations, actions, probe):
 
     def along_probe(a):
         gradient, q_values = action_gradient(q, observations, a)
-        return (gradient * probe).sum(), (gradient, q_values)  # the sum over the batch again: rows are independent
+        # The first value is differentiated, grad_a Q . v; again the sum of independent rows. The others pass through.
+        return (gradient * probe).sum(), (gradient, q_values)
 
     hessian_times_probe, (gradient, q_values) = torch.func.grad(along_probe, has_aux=True)(actions)
     return (hessian_times_probe * probe).sum(-1), gradient, q_values
@@ -459,12 +460,13 @@ def backward(loss_function, parameters: list, *arguments) -> dict:
 
 
 class Agent(nn.Module):
-    """TD3: the networks, their losses and `update`. The training loop in four lines, once per env step:
+    """TD3: the networks, their losses and `update`. After the first, random steps, an env step of the training is:
 
         action = agent.explore(observation)
         agent.update(buffer.sample(batch_size), update_actor)  # the actor, too: at each policy_frequency-th step
         next_observation, reward, terminated, truncated, _ = env.step(action)
         buffer.add(observation, next_observation, action, reward, terminated)
+        observation = next_observation  # or that of env.reset(), if the episode is over
 
     The losses return what is to be minimised, and a dict of numbers to log.
     """
@@ -482,13 +484,14 @@ class Agent(nn.Module):
         use_pave = args.autotune_curv or args.lambda_mpr > 0 or args.lambda_vfc > 0 or args.lambda_curv > 0
         self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0
         # PAVE's numbers are tensors, which a recorded CUDA graph reads anew each time, and in which the agents of a
-        # population can differ. They are not in the checkpoint: the settings say what they are.
+        # population can differ. The checkpoint does not hold them, the settings do; except for a lambda_curv that is
+        # learnt. (All that belongs to --autotune-curv is optional; it stands below the agent.)
         self.register_buffer("lambda_mpr", torch.tensor(args.lambda_mpr), persistent=False)
         self.register_buffer("lambda_vfc", torch.tensor(args.lambda_vfc), persistent=False)
         self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv), persistent=args.autotune_curv)
         self.register_buffer("mpr_sigma", torch.tensor(args.mpr_sigma), persistent=False)
         self.register_buffer("curv_delta", torch.tensor(args.curv_delta), persistent=False)
-        if args.autotune_curv:  # then lambda_curv is learnt, and in the checkpoint
+        if args.autotune_curv:
             self.curv_autotuner = CurvAutotuner(args.target_concavity, action_dim)
             self.register_buffer("gradient_scale", torch.zeros(()))
         self.to(device)
@@ -517,6 +520,7 @@ class Agent(nn.Module):
         target_noise = torch.randn_like(batch.actions)
         state_noise = self.mpr_sigma * torch.randn_like(batch.observations[:n])
         probe = rademacher_like(batch.actions[:n])
+        # critic_loss(batch, target_noise, state_noise, probe), and its backward pass into the critics' .grad
         metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
         self.q_optimizer.zero_grad()  # after the step, not before it, for torch.compile's sake
@@ -562,13 +566,13 @@ class Agent(nn.Module):
         return td_loss + pave_loss, metrics  # SAC's paper halves TD, TD3's does not
 
     def pave_terms(self, critic: QNetwork, batch: Batch, state_noise, probe):
-        """Q(s, a) (B,) of the whole minibatch; the three weighted PAVE losses of its first rows; and what to log."""
+        """Q(s, a) (B,) of the whole minibatch; the three weighted PAVE losses of its first n rows; and what to log."""
         observations, next_observations, actions, _, _ = batch
-        n = self.pave_rows
+        n = self.pave_rows  # by default n = B: [:n] is the whole minibatch, and [n:] is empty
         weight, margin = self.lambda_curv, self.curv_delta
         if self.args.autotune_curv:
             weight, margin = self.curv_autotuner.scaled(weight, margin, self.gradient_scale)
-        other_q_values = critic(observations[n:], actions[n:])  # none by default; with --pave-batch-size TD needs them
+        other_q_values = critic(observations[n:], actions[n:])  # TD needs Q at all rows
         pave = pave_losses(critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, margin)
         loss = self.lambda_mpr * pave.mpr + self.lambda_vfc * pave.vfc + weight * pave.curvature
         return torch.cat([pave.q_values, other_q_values]), loss, pave_metrics(pave, weight, margin)
@@ -603,7 +607,7 @@ class CurvAutotuner:
     What it aims at: that Curv's condition, v^T H v < -margin, holds for a share of the samples, target_concavity.
     lambda_curv rises while it holds for fewer, and falls while it holds for more (dual ascent, as SAC tunes alpha).
 
-    Units. Multiply the rewards by c: Q, v^T H v and grad_a Q grow c-fold; TD, MPR and VFC c^2-fold, Curv only c-fold.
+    Units. Multiply the rewards by c: Q, v^T H v and grad_a Q grow c-fold, TD, MPR and VFC c^2-fold, Curv some c-fold.
     So both the weight of Curv and its margin are taken in units of the gradient: g, a running mean of the RMS of
     grad_a Q over samples and action dimensions (`gradient_scale`; 0 at the start, so that Curv fades in).
 
@@ -617,6 +621,7 @@ class CurvAutotuner:
     Actions and a maximum inside [-1, 1] are at most 2 apart. So with delta = 1 every such paraboloid meets the
     condition, whatever its mu: Q has no absolute scale, and so no absolute curvature. What fails it is a Q whose
     gradient is too large for its curvature: a slope that goes on beyond the action's limits, without a maximum inside.
+    (g is one number for all states; where mu differs from state to state, the flattest fail it first.)
     """
 
     RATE = 0.006  # in an update, log lambda_curv moves by this times the share that is missing
@@ -742,7 +747,7 @@ class CompiledOrEager:
 class CudaGraphUpdate:
     """`Agent.update` as CUDA graphs, one for each value of update_actor: a replay is one launch instead of hundreds.
 
-    The first call is a real update, which compiles and allocates; a second is recorded, and replayed from then on.
+    The first call makes a real update, which compiles and allocates, and then records another; later calls replay that.
     Python's numbers (learning rates, gamma, tau) stay as recorded; tensors (the lambdas, sigma, delta) and noise move
     on. The metrics that a replay returns are overwritten by the next.
     """
@@ -867,13 +872,14 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer) -> None:
     agent.load_state_dict(weights)
     for name, optimizer in agent.optimizers.items():  # its moments, not its learning rate
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]})
-    buffer.size = len(rows)
-    buffer.position = checkpoint["buffer_position"]
-    if len(rows) < len(buffer.rows):  # a full ring in a larger one: the oldest row first, so that it is the first to go
-        rows = rows.roll(-buffer.position, 0)
+    position = checkpoint["buffer_position"]  # where the next row goes: in a full ring, on the oldest one
+    if len(rows) == len(buffer.rows):  # the same ring: nothing moves, so that the same draws give the same rows
+        buffer.position = position % len(rows)
+    else:  # a larger one: the oldest row comes first, so that it is overwritten first
+        rows = rows.roll(-position, 0)
         buffer.position = len(rows)
-    buffer.position %= len(buffer.rows)
     buffer.rows[: len(rows)] = rows
+    buffer.size = len(rows)
 
 
 def restore_random_streams(checkpoint: dict) -> None:
@@ -1009,6 +1015,7 @@ def train(args: Args, make_agent=Agent) -> Path:
                     with saving_if_it_fails(save_after_failure):
                         observation = seed_episode(env, seed)
                     episode_return, episode_length = 0.0, 0
+                # the algorithm, from here to the next blank line
                 if step <= args.learning_starts:
                     action = 2 * torch.rand(action_dim).numpy() - 1
                 else:

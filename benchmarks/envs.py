@@ -21,7 +21,7 @@ import numpy as np
 from gymnasium.envs.classic_control import PendulumEnv
 
 FILTER_BETA = 0.5  # the share of its last output that the filter keeps at each step
-PENALTY = 0.1  # weight of the penalty, in units of the env's own reward: see mean_reward
+PENALTY = 1.0  # weight of the penalty, in units of the env's own reward: see mean_reward
 
 
 class LastAction(gym.Wrapper):
