@@ -257,18 +257,19 @@ def reference_method(method: str, methods) -> str:
 
 
 def reference(runs: pd.DataFrame, line: str) -> pd.DataFrame:
-    """The rows that a line compares with; none where that is itself, or isn't there. runs: of one agent and task.
-
-    Where base has several settings, those that the line has: the ones that differ in the fewest.
-    """
+    """The rows that a line compares with; none where that is itself, or isn't there. runs: of one agent and task."""
     own = runs[runs["line"] == line].iloc[0]
     candidates = runs[runs["method"] == reference_method(own["method"], set(runs["method"]))]
+    return nearest(candidates, own["settings"]) if line not in set(candidates["line"]) else runs[:0]
+
+
+def nearest(candidates: pd.DataFrame, settings: str) -> pd.DataFrame:
+    """Of some lines' rows those of one line: the one whose settings differ in the fewest from these."""
     lines = candidates.drop_duplicates("line")
-    if lines.empty or line in set(lines["line"]):
-        return runs[:0]
-    distances = [distance(own["settings"], other) for other in lines["settings"]]
-    nearest = distances.index(min(distances))
-    return candidates[candidates["line"] == lines["line"].iloc[nearest]]
+    if lines.empty:
+        return candidates
+    distances = [distance(settings, other) for other in lines["settings"]]
+    return candidates[candidates["line"] == lines["line"].iloc[distances.index(min(distances))]]
 
 
 def distance(settings: str, others: str) -> tuple[bool, int]:
@@ -368,8 +369,12 @@ def same_settings_twice(rows: pd.DataFrame) -> str:
     """How far base and ablation-000, the same settings, are apart: a measure of what so few seeds can tell."""
     sentences = []
     for algorithm, runs in rows.groupby("algorithm"):
-        one, other = (runs.loc[runs["method"] == method, "oscillation"] for method in ("base", "ablation-000"))
-        if len(one) and len(other):
+        ablation = runs[runs["method"] == "ablation-000"]
+        if ablation.empty:
+            continue
+        one = nearest(runs[runs["method"] == "base"], ablation["settings"].iloc[0])["oscillation"]
+        other = ablation["oscillation"]
+        if len(one):
             low, high = sorted((one.median(), other.median()))
             twice = f"are the same settings, trained twice: two sets of {len(one)} and {len(other)} seeds"
             factor = f"**Their median oscillations differ by a factor of {high / low:.1f}**"

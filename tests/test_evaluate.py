@@ -108,6 +108,7 @@ def test_an_identity_is_the_settings_and_the_start_and_nothing_else():
     others += [identity(origin), identity(origin | {"step": 101}), identity(origin | {"args": args})]
     others += [identity(origin | {"origin": origin}), common.identity(td3, of(td3), None)]
     assert len({own, *others}) == 1 + len(others)
+    assert common.identity(sac, {"gamma": 0.5}, None) != common.identity(td3, {"gamma": 0.5}, None)
     elsewhere = origin | {"run": "b", "args": origin["args"] | {"output_dir": "far", "seed": 2}}
     assert identity(origin) == identity(elsewhere)  # a source is what it was, not its path; seeds are of one thing
     assert common.settings_of(sac, args | {"gone": 3.0}) == {

@@ -86,6 +86,7 @@ def test_tables_show_every_seed_and_warn_where_sm_is_not_comparable(tmp_path, dr
     rows += [row("pave", i, sm, length_mean=186.0) for i, sm in enumerate((0.5, 1.5, 0.7))]
     rows += [row("pave", 3, None, return_mean=None, missing="diverged")]
     rows += [row("auto", env_id="Ant-v5"), row("pave", env_id="Ant-v5")]  # no base: in no summary
+    rows += [row(env_id="Swimmer-v5")]  # nor with nothing but base
     text = make(tmp_path, rows)
     pave = table(text, "P(smoother)")["TD3 pave"]
     assert pave["sm"] == "0.700 (0.500 to 1.500)" and pave["seeds"] == "3 of 4" and pave["return"] == "-100.0"
@@ -94,6 +95,7 @@ def test_tables_show_every_seed_and_warn_where_sm_is_not_comparable(tmp_path, dr
     (summary,) = table(text, "base").values()
     assert [*summary.values()] == ["TD3 Hopper-v5", "1.00 (1.00 to 1.00)", "1.00 (1.00 to 1.00)"]
     assert "| TD3 Hopper-v5 * | 1.00 (0.05 to 20.00) | 0.23 (0.03 to 1.50) |" in re.sub(" +", " ", text)
+    assert "TD3 Swimmer-v5 |" not in text and "TD3 Ant-v5 |" not in text
     assert "TD3 pave on Hopper-v5, seed 3: diverged" in text.partition("\n## Runs without a result")[2]
     tradeoffs = [f"{env}_100000_tradeoff.png" for env in ("Ant-v5", "Hopper-v5")]
     assert [*drawn] == ["effect.png", *tradeoffs]  # no noise, no figure of it
@@ -191,13 +193,23 @@ def test_runs_of_other_settings_or_starts_are_other_lines_and_replace_nothing(tm
     assert json.loads(rows.loc[("base-then-base", 3), "settings"].iloc[0])["lambda_mpr"] == 0
     assert rows.loc[("base", 1), "identity"].nunique() == 3 and (rows["identity"] == "legacy").sum() == 2
     again = (tmp_path / "out/runs.csv").read_bytes()
+    make(tmp_path, [row(identity="00123e456789", settings="{}")])  # of digits alone, or a power of ten to pandas
+    assert ",00123e456789," in (tmp_path / "out/runs.csv").read_text()
+    report.main(report.Args((tmp_path / "out/runs.csv",), tmp_path / "out"))
+    assert ",00123e456789," in (tmp_path / "out/runs.csv").read_text()
+    (tmp_path / "out/runs.csv").write_bytes(again)
     report.main(report.Args((tmp_path / "out/runs.csv", cells), tmp_path / "twice"))  # the same runs: still once each
     assert (tmp_path / "twice/runs.csv").read_bytes() == again
     assert {"effect.png", "Pendulum-v1_300_tradeoff.png"} <= drawn.keys()
 
 
 def test_a_line_compares_with_the_base_of_its_own_settings():
-    lines = [("base", "", 1.0), ("base (q_lr)", '{"q_lr": 1}', 2.0), ("base (gamma)", '{"gamma": 1}', 3.0)]
+    lines = [
+        ("base (new)", "{}", 0.5),
+        ("base", "", 1.0),
+        ("base (q_lr)", '{"q_lr": 1}', 2.0),
+        ("base (gamma)", '{"gamma": 1}', 3.0),
+    ]
     lines += [("pave (q_lr)", '{"q_lr": 1, "lambda_mpr": 2}', 9.0), ("pave", '{"lambda_mpr": 2, "gamma": 1}', 9.0)]
     lines += [("auto (old)", "", 9.0)]
     rows = pd.DataFrame(lines, columns=["line", "settings", "oscillation"])
