@@ -33,8 +33,8 @@ class LastAction(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.middle = (env.action_space.high + env.action_space.low) / 2
-        self.half_range = (env.action_space.high - env.action_space.low) / 2
+        low, high = np.float64(env.action_space.low), np.float64(env.action_space.high)
+        self.middle, self.half_range = (high + low) / 2, (high - low) / 2
         size = gym.spaces.flatdim(env.observation_space) + self.middle.size
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,))
         self.sent_action = self.middle
