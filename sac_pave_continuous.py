@@ -11,7 +11,7 @@
 # ///
 """SAC + PAVE: smooth policies by shaping the critic (arXiv 2601.22970). The actor's loss stays plain SAC.
 
-Why a policy chatters. The actor is trained towards the action a*(s) that maximises the critic's Q(s, a). At a maximum
+Why a policy chatters. The actor is trained towards actions with a high Q(s, a); let a*(s) be the best one. At a maximum
 inside the action's limits grad_a Q(s, a*(s)) = 0; differentiating this by s gives the slope of a*:
 
     da*/ds = -[d2Q/da2]^-1 d2Q/dsda,    so that |da*/ds| <= M / mu
@@ -30,16 +30,16 @@ critic, at the replayed states and actions. The first two work for a small M, th
 
 What each tends to. For small sigma MPR is sigma^2 |d2Q/dsda|_F^2 / d_a: it sees every direction of the state. VFC sees
 only the direction in which the agent moves, s' - s. Neither minds a Q that is flat in a, and the maximum of a flat Q is
-anywhere: mu is zero, and the action jumps. Curv works against that: the mean of v^T H v over probes is the trace of H,
-the sum of its eigenvalues, which it pushes below -delta. With one action dimension that is the curvature itself; with
+anywhere: mu is zero, and the action jumps. Curv works against that: it punishes each v^T H v above -delta. Their mean
+over probes is the trace of H, the sum of its eigenvalues. With one action dimension that is the curvature itself; with
 more, a direction may stay flat while the others are sharp.
 
 Conventions that the lambdas depend on. Means are over the batch and, in MPR and VFC, over the d_a action dimensions,
 too. The TD loss is halved, as in SAC's paper. The critic sees actions in [-1, 1].
 
 How to read this file. THE METHOD is the networks, PAVE, the losses and the update. Read it from top to bottom; above it
-you need only the names of the settings (Args) and what a minibatch is (Batch). All else is machinery, and the line over
-each part says what for.
+you need only the names of the settings (Args) and what a minibatch is (Batch). What stands below it keeps a run going,
+and the line over each part says what it is for.
 
     python sac_pave_continuous.py --env-id HalfCheetah-v5
     python sac_pave_continuous.py --lambda-mpr 0 --lambda-vfc 0 --lambda-curv 0    # plain SAC
@@ -114,8 +114,8 @@ class Args:
     warm_start: str | None = None  # checkpoint.pt of any run: a new run begins with its agent and replay
 
 
-# Settings that a resumed run may change, for they say where and how it runs, not what it learns; total_timesteps may be
-# raised, too. (What a warm-started run began from is told by the checkpoint's "origin", not by the path in warm_start.)
+# Settings that a resumed run may change, for they say where and how it runs, not what it learns; total_timesteps may
+# change, too. (What a warm-started run began from is told by the checkpoint's "origin", not by the path in warm_start.)
 FREE_SETTINGS = {"output_dir", "resume", "warm_start", "eval_interval", "eval_episodes", "checkpoint_interval"}
 FREE_SETTINGS |= {"cuda", "torch_deterministic", "compile", "cudagraphs"}
 
@@ -332,7 +332,7 @@ class ReplayBuffer:
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers of SiLU: Curv needs the critic's second derivative, and ReLU's is zero; the actor is alike."""
+    """Two hidden layers of SiLU: Curv needs a second derivative, and ReLU's is zero. The actor uses it, too."""
     return nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, outputs))
 
 
@@ -368,7 +368,8 @@ class Actor(nn.Module):
         log_std = log_std.clamp(-20, 2)
         u = mean + log_std.exp() * noise
         log_gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), but finite where tanh(u) is 1
+        # 1 - tanh(u)^2 = 4 e^-2u / (1 + e^-2u)^2; in this form its logarithm is finite also where tanh(u) rounds to 1
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), (log_gaussian - log_slope).sum(-1)
 
 
@@ -384,8 +385,8 @@ def action_gradient(q, observations, actions):
     """The Q-gradient field: grad_a Q(s, a) (B, d_a), and Q(s, a) (B,). ValueError if `q` returns another shape.
 
     torch.func.grad(f) is the function that returns the derivative of f by its first argument, here the actions. The
-    parameters of `q` are no arguments of f, so the result can still be backpropagated to them. With has_aux=True f may
-    return a second value, which is handed through.
+    parameters of `q` are not touched by that: autograd still records how the result depends on them, so that a loss of
+    it can be backpropagated. With has_aux=True f may return a second value, which is handed through.
     """
 
     def total(a):
@@ -404,12 +405,12 @@ def hutchinson_trace(q, observations, actions, probe):
 
     H itself is never formed: H v = grad_a (grad_a Q . v), the gradient of a number. The mean of v^T H v over Rademacher
     probes is the trace of H. From the same pass: grad_a Q (B, d_a) and Q (B,). All are differentiable in the parameters
-    of `q`, eager or compiled: torch.func.grad, unlike torch.autograd.grad, traces to plain operations.
+    of `q`, eager or compiled.
     """
 
     def along_probe(a):
         gradient, q_values = action_gradient(q, observations, a)
-        # The first value is differentiated, grad_a Q . v; again the sum of independent rows. The others pass through.
+        # The first value is what is differentiated, grad_a Q . v, summed over independent rows; the pair is handed on.
         return (gradient * probe).sum(), (gradient, q_values)
 
     hessian_times_probe, (gradient, q_values) = torch.func.grad(along_probe, has_aux=True)(actions)
@@ -442,8 +443,8 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
     - Its rows must be independent and repeatable: no batch norm, no dropout.
     - Normalise layers by nn.GroupNorm(1, H), not by nn.LayerNorm(H), which is the same function: Curv's gradient is a
       third derivative, and torch's own of LayerNorm is wrong (pytorch#175754).
-    - Use float32 throughout, no TF32, no bf16: MPR subtracts nearly equal gradients. (ValueError under autocast.)
-    - To be faster, compile the function that calls pave_losses, not `q`.
+    - Use float32 throughout, no TF32, no bf16: MPR subtracts nearly equal gradients.
+    Under autocast it is a ValueError. To be faster, compile the function that calls pave_losses, not `q`.
     """
     if torch.is_autocast_enabled(actions.device.type):
         raise ValueError("PAVE needs float32: call pave_losses under torch.autocast(device_type, enabled=False)")
@@ -462,7 +463,7 @@ def pave_losses(q, observations, actions, next_observations, state_noise, probe,
 # ======== THE METHOD, 3 of 3: SAC's losses with PAVE, the update.
 
 
-def backward(loss_function, parameters: list, *arguments) -> dict:
+def add_gradients(loss_function, parameters: list, *arguments) -> dict:
     """(loss, metrics) = loss_function(*arguments): add d loss / d parameters to their .grad, and return the metrics.
 
     No other tensor gets a gradient: the actor's loss leaves nothing in the critics, through which it passes.
@@ -495,9 +496,8 @@ class Agent(nn.Module):
         # PAVE uses the first rows of a minibatch, by default all of them; plain SAC uses none.
         use_pave = args.autotune_curv or args.lambda_mpr > 0 or args.lambda_vfc > 0 or args.lambda_curv > 0
         self.pave_rows = (args.pave_batch_size or args.batch_size) if use_pave else 0
-        # PAVE's numbers are tensors, which a recorded CUDA graph reads anew each time, and in which the agents of a
-        # population can differ. The checkpoint does not hold them, the settings do; except for a lambda_curv that is
-        # learnt. (All that belongs to --autotune-curv is optional; it stands below the agent.)
+        # PAVE's numbers are tensors, so that a recorded CUDA graph reads them anew each time. The settings hold them,
+        # not the checkpoint; except for a lambda_curv that is learnt (--autotune-curv, optional, see CurvAutotuner).
         self.register_buffer("lambda_mpr", torch.tensor(args.lambda_mpr), persistent=False)
         self.register_buffer("lambda_vfc", torch.tensor(args.lambda_vfc), persistent=False)
         self.register_buffer("lambda_curv", torch.tensor(args.lambda_curv), persistent=args.autotune_curv)
@@ -520,7 +520,7 @@ class Agent(nn.Module):
         else:
             self.register_buffer("log_alpha", torch.tensor(args.alpha, device=device).log(), persistent=False)
         self.optimizers = {"critics": self.q_optimizer, "actor": self.actor_optimizer}
-        self.backward = CompiledOrEager(backward) if args.compile else backward  # the same function, only faster
+        self.add_gradients = CompiledOrEager(add_gradients) if args.compile else add_gradients  # the same, only faster
 
     @torch.no_grad()
     def explore(self, observation: np.ndarray) -> np.ndarray:
@@ -537,16 +537,16 @@ class Agent(nn.Module):
         target_noise = torch.randn_like(batch.actions)
         state_noise = self.mpr_sigma * torch.randn_like(batch.observations[:n])
         probe = rademacher_like(batch.actions[:n])
-        # critic_loss(batch, target_noise, state_noise, probe), and its backward pass into the critics' .grad
-        metrics = self.backward(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
+        metrics = self.add_gradients(self.critic_loss, self.critic_parameters, batch, target_noise, state_noise, probe)
         self.q_optimizer.step()
-        self.q_optimizer.zero_grad()  # after the step, not before it, for torch.compile's sake
+        self.q_optimizer.zero_grad()  # here, not before the loss, so that all gradients are None while it is compiled
         if self.args.autotune_curv:
             self.curv_autotuner.step(self.lambda_curv, self.gradient_scale, metrics)
         with torch.no_grad():  # Polyak averaging: target += tau (critic - target)
             torch._foreach_lerp_(list(self.critic_targets.parameters()), self.critic_parameters, self.args.tau)
         if update_actor:
-            metrics |= self.backward(self.actor_loss, self.actor_parameters, batch, torch.randn_like(batch.actions))
+            actor_noise = torch.randn_like(batch.actions)
+            metrics |= self.add_gradients(self.actor_loss, self.actor_parameters, batch, actor_noise)
             self.actor_optimizer.step()  # of alpha, too, with --autotune
             self.actor_optimizer.zero_grad()
         return metrics
@@ -586,9 +586,9 @@ class Agent(nn.Module):
         observations, next_observations, actions, _, _ = batch
         n = self.pave_rows  # by default n = B: [:n] is the whole minibatch, and [n:] is empty
         weight, margin = self.lambda_curv, self.curv_delta
-        if self.args.autotune_curv:
+        if self.args.autotune_curv:  # in units of the action gradient
             weight, margin = self.curv_autotuner.scaled(weight, margin, self.gradient_scale)
-        other_q_values = critic(observations[n:], actions[n:])  # TD needs Q at all rows
+        other_q_values = critic(observations[n:], actions[n:])  # none by default; else TD needs them
         pave = pave_losses(critic, observations[:n], actions[:n], next_observations[:n], state_noise, probe, margin)
         loss = self.lambda_mpr * pave.mpr + self.lambda_vfc * pave.vfc + weight * pave.curvature
         return torch.cat([pave.q_values, other_q_values]), loss, pave_metrics(pave, weight, margin)
@@ -665,7 +665,7 @@ class CurvAutotuner:
         gradient_scale.lerp_(metrics["geometry/action_gradient"], self.AVERAGING)
 
 
-# ======== THE MACHINERY, from here to the end: a reader of the method stops here. First, evaluation.
+# ======== THE MACHINERY, from here to the end: not needed for the method. First, evaluation.
 
 EVALUATION_SEED = 10_000  # of an evaluation's first episode; training's seeds are above 2^20
 
@@ -736,7 +736,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int) -> dict[str, float]:
 
 
 class CompiledOrEager:
-    """The function `backward`, compiled by torch in one piece; where that fails, a warning and eager code from then on.
+    """The function `add_gradients`, compiled by torch in one piece; where that fails, a warning, then eager code.
 
     It can fail at once (a torch without the private switch below), at the first call (no C++ compiler) or later (a
     Ctrl-C that also reaches the compiler).

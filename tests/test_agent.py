@@ -129,7 +129,7 @@ def test_lambda_curv_rises_while_too_few_samples_are_concave_and_stays_in_its_bo
 
     def after(margin_fraction, start=0.01):
         metrics = {"geometry/action_gradient": 2.0, "geometry/margin_fraction": margin_fraction}
-        agent.backward = lambda *_: {name: torch.tensor(value) for name, value in metrics.items()}
+        agent.add_gradients = lambda *_: {name: torch.tensor(value) for name, value in metrics.items()}
         agent.lambda_curv.fill_(start)
         agent.update(make_batch(), False)
         return agent.lambda_curv.item()
