@@ -1,17 +1,24 @@
 """Each recipe's critic loss is the block's, on the real libraries; a few updates of each run."""
 
+import csv
+import itertools
+import subprocess
+import sys
 from functools import partial
 from unittest.mock import Mock
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from stable_baselines3 import SAC
+from stable_baselines3 import SAC, TD3
 from torch import nn
 from torch.nn import functional as F
 
 import sac_pave_continuous as script
 from benchmarks.check_critic import check_critic
-from benchmarks.recipes import ensemble, plain, sb3
+from benchmarks.measure import measure
+from benchmarks.recipes import ensemble, plain, sb3, sb3_results
 
 LAMBDAS = 2.0, 3.0, 0.5
 
@@ -85,33 +92,62 @@ def test_a_few_updates_train_a_finite_policy_within_the_actions(recipe, first_up
     assert actors[0](torch.randn(5, 3)).abs().max() <= 1
 
 
-def trained_sb3(algorithm=sb3.PaveSAC, **settings):
-    settings |= {"policy_kwargs": {"activation_fn": nn.SiLU, "net_arch": [32, 32]}, "batch_size": 16, "seed": 3}
+SB3 = {"sac": (SAC, sb3.PaveSAC), "td3": (TD3, sb3.PaveTD3)}
+both_algorithms = pytest.mark.parametrize(("plain_sb3", "pave_sb3"), SB3.values(), ids=SB3)
+
+
+def trained_sb3(algorithm, activation_fn=nn.ReLU, **settings):
+    settings |= {"policy_kwargs": {"activation_fn": activation_fn, "net_arch": [32, 32]}, "batch_size": 16, "seed": 3}
     return algorithm("MlpPolicy", "Pendulum-v1", learning_starts=20, device="cpu", **settings).learn(24)
 
 
-def test_sb3_without_lambdas_is_sac_itself():
-    assert torch.equal(weights(trained_sb3(SAC).policy), weights(trained_sb3(lambdas=(0.0, 0.0, 0.0)).policy))
+def load_sb3(algorithm, path, **settings):
+    """With lambdas, unless others are given, and on an env"""
+    settings = {"lambdas": LAMBDAS, "gather_steps": 10} | settings
+    return algorithm.load(path, env=gym.make("Pendulum-v1"), device="cpu", **settings)
 
 
-def test_sb3_loaded_adds_the_blocks_gradient_once_an_update_on_the_same_batch(tmp_path, monkeypatch):
-    saved = trained_sb3(lambdas=LAMBDAS, sigma=1.0, delta=0.5)
-    saved.save(tmp_path / "model")
-    model = sb3.PaveSAC.load(tmp_path / "model", env=saved.get_env(), device="cpu")
-    torch.testing.assert_close(model.policy.state_dict(), saved.policy.state_dict(), rtol=0, atol=0)
+@pytest.fixture
+def plain_zip(tmp_path):
+    """Trains a plain agent and saves it: the .zip"""
+
+    def trained_zip(algorithm, **settings):
+        model = trained_sb3(algorithm, **settings)
+        model.save(tmp_path / "plain.zip")
+        model.save_replay_buffer(tmp_path / "plain.pkl")
+        return tmp_path / "plain.zip"
+
+    return trained_zip
+
+
+@both_algorithms
+def test_sb3_without_lambdas_is_the_algorithm_itself(plain_sb3, pave_sb3):
+    ours = trained_sb3(pave_sb3, lambdas=(0.0, 0.0, 0.0))
+    assert torch.equal(weights(trained_sb3(plain_sb3).policy), weights(ours.policy))
+
+
+@both_algorithms
+def test_sb3_loaded_adds_the_blocks_gradient_once_an_update_on_the_same_batch(
+    plain_sb3, pave_sb3, plain_zip, monkeypatch
+):
+    path = plain_zip(plain_sb3)
+    model = load_sb3(pave_sb3, path, sigma=1.0, delta=0.5, pave_batch_size=12)
+    model.load_replay_buffer(path.with_suffix(".pkl"))
     add, updates, updates_before_step = model.add_pave_gradients, [], []
-    batches = [saved.replay_buffer.sample(16) for _ in range(5)]
+    batches = [model.replay_buffer.sample(16) for _ in range(5)]
 
     def watched_add(s, a, next_s):
         updates.append((s, a, next_s))
         before = [p.grad.clone() for p in model.critic.parameters()]
         twins = (lambda s, a, i=i: model.critic(s, a)[i].squeeze(1) for i in range(2))
-        terms = sum(three_terms(q, s, a, next_s, sigma=1.0, delta=0.5) for q in twins)
+        rows = s[:12], a[:12], next_s[:12]
+        terms = sum(three_terms(q, *rows, sigma=1.0, delta=0.5) for q in twins)
         expected = gradients(terms, model.critic.parameters())
+        assert [gradient.any().item() for gradient in expected] == 2 * [True, True, True, True, True, False]  # not ReLU
         torch.manual_seed(1)
         add(s, a, next_s)
         added = [p.grad - old for p, old in zip(model.critic.parameters(), before, strict=True)]
-        torch.testing.assert_close(added, list(expected), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(added, list(expected), rtol=1e-3, atol=1e-4)
         assert all(old.any() for old in before)  # TD's gradient is there as well
 
     monkeypatch.setattr(model.replay_buffer, "sample", Mock(side_effect=batches))
@@ -122,3 +158,133 @@ def test_sb3_loaded_adds_the_blocks_gradient_once_an_update_on_the_same_batch(tm
     sampled = [(batch.observations, batch.actions, batch.next_observations) for batch in batches]
     torch.testing.assert_close(updates, sampled, rtol=0, atol=0)
     assert max(actions.abs().max() for _, actions, _ in updates) <= 1  # Pendulum's own are within 2
+
+
+@both_algorithms
+def test_sb3_exchanges_the_critics_relu_and_nothing_else(plain_sb3, pave_sb3, plain_zip, batch):
+    s, a, *_ = batch
+    path = plain_zip(plain_sb3)
+    plain_model, model = plain_sb3.load(path, device="cpu"), load_sb3(pave_sb3, path)
+    torch.testing.assert_close(model.policy.state_dict(), plain_model.policy.state_dict(), rtol=0, atol=0)
+    actions, old_actions = (m.predict(s.numpy(), deterministic=True)[0] for m in (model, plain_model))
+    np.testing.assert_array_equal(actions, old_actions)
+    for critics, old_critics in ((model.critic, plain_model.critic), (model.critic_target, plain_model.critic_target)):
+        for net, old_net in zip(critics.q_networks, old_critics.q_networks, strict=True):
+            first, second, last = (layer for layer in old_net if isinstance(layer, nn.Linear))
+            smooth = sb3.SMOOTH_RELU()
+            expected = last(smooth(second(smooth(first(torch.cat([s, a], 1))))))
+            torch.testing.assert_close(net(torch.cat([s, a], 1)), expected)
+    vhv = script.pave_losses(lambda s, a: model.critic(s, a)[0].squeeze(1), s, a, s, 0 * s, torch.ones_like(a), 0.0).vhv
+    assert vhv.all()
+
+
+def test_sb3_leaves_a_smooth_activation_alone(plain_zip):
+    model = load_sb3(sb3.PaveSAC, plain_zip(SAC, activation_fn=nn.Tanh))
+    assert model.policy_class is SAC.policy_aliases["MlpPolicy"]
+    assert any(isinstance(layer, nn.Tanh) for layer in model.critic.modules())
+
+
+LOAD_ELSEWHERE = """
+import sys
+import gymnasium as gym
+import torch
+from stable_baselines3 import SAC, TD3
+
+for algorithm, path in ((SAC, "sac.zip"), (TD3, "td3.zip")):
+    expected = torch.load(path + ".pt", weights_only=False)
+    s, a = expected.pop("s"), expected.pop("a")
+    model = algorithm.load(path, env=gym.make("Pendulum-v1"), device="cpu")
+    for _ in range(2):
+        actions = torch.as_tensor(model.predict(s.numpy(), deterministic=True)[0])
+        now = {"q": model.critic(s, a), "target": model.critic_target(s, a), "actions": actions}
+        torch.testing.assert_close(now, expected, rtol=0, atol=1e-6)
+        model.save("again.zip")
+        model = algorithm.load("again.zip", env=model.get_env(), device="cpu")
+    model.learn(2, reset_num_timesteps=False)
+assert not [name for name in sys.modules if name.startswith(("benchmarks", "sac_pave"))]
+"""
+
+
+def test_plain_sb3_loads_a_finished_zip_with_the_same_actions_and_q_values_without_our_files(
+    plain_zip, tmp_path, batch
+):
+    s, a, *_ = batch
+    for name, (plain_sb3, pave_sb3) in SB3.items():
+        path = plain_zip(plain_sb3)
+        model = load_sb3(pave_sb3, path)
+        model.load_replay_buffer(path.with_suffix(".pkl"))
+        model.learn(3, reset_num_timesteps=False)
+        assert not torch.equal(weights(model.policy), weights(plain_sb3.load(path, device="cpu").policy))
+        model.save(tmp_path / f"{name}.zip")
+        actions = torch.as_tensor(model.predict(s.numpy(), deterministic=True)[0])
+        expected = {"q": model.critic(s, a), "target": model.critic_target(s, a), "actions": actions}
+        torch.save(expected | {"s": s, "a": a}, tmp_path / f"{name}.zip.pt")
+        # finished once more: the activation of the first time stays
+        again = load_sb3(pave_sb3, tmp_path / f"{name}.zip", critic_activation_fn=nn.SiLU)
+        torch.testing.assert_close(again.critic(s, a), expected["q"], rtol=0, atol=0)
+    command = [sys.executable, "-W", "ignore", "-c", LOAD_ELSEWHERE]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_sb3_without_its_replay_buffer_gathers_before_the_first_update(plain_zip):
+    model = load_sb3(sb3.PaveSAC, plain_zip(SAC))
+    start = weights(model.policy)
+    with pytest.warns(UserWarning, match="before the replay buffer has 10 transitions"):
+        model.learn(9, reset_num_timesteps=False)
+    assert torch.equal(weights(model.policy), start)
+    model.learn(1, reset_num_timesteps=False)
+    assert not torch.equal(weights(model.policy), start)
+
+
+def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):
+    path = plain_zip(TD3)
+    with pytest.raises(ValueError, match="PaveSAC needs a SACPolicy"):
+        load_sb3(sb3.PaveSAC, path)
+    for settings, words in (
+        ({"lambdas": (1.0, 1.0)}, "none may be negative"),
+        ({"lambdas": (1.0, -1.0, 0.0)}, "none may be negative"),
+        ({"n_steps": 3}, "n_steps=1, not 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_sb3(sb3.PaveTD3, path, **settings)
+    image = gym.spaces.Box(0, 255, (36, 36, 3), np.uint8)
+    env = gym.wrappers.TransformObservation(gym.make("Pendulum-v1"), lambda _: image.sample(), image)
+    with pytest.raises(ValueError, match="vector observations"):
+        sb3.PaveSAC("CnnPolicy", env, device="cpu", buffer_size=100)
+
+
+def test_measure_is_evaluate_for_any_policy():
+    torch.manual_seed(0)
+    env = gym.make("Pendulum-v1")
+    actor = script.Actor(3, 1)
+    theirs = script.evaluate(actor, script.make_env("Pendulum-v1"), 2)
+
+    def policy(observation):
+        return 2 * actor(torch.as_tensor(observation)[None])[0].detach().numpy()
+
+    ours = measure(policy, env, 2)
+    expected = [theirs[name] for name in ("return_mean", "smoothness_mean", "oscillation", "length_mean")]
+    np.testing.assert_allclose(list(ours.values()), expected, rtol=1e-5)
+
+
+def test_measure_counts_what_the_env_can_get():
+    signs = itertools.cycle([3.0, -3.0])  # Pendulum's limits are -2 and 2
+    assert measure(lambda _: np.array([next(signs)]), gym.make("Pendulum-v1"), 1)["oscillation"] == pytest.approx(4)
+
+
+def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sb3_results, "FOLDER", tmp_path)
+    monkeypatch.setattr(sb3_results, "measure", partial(measure, episodes=1))
+    monkeypatch.setattr(sb3_results, "CANDIDATES", {sb3_results.FITTED: nn.SiLU})
+    monkeypatch.setattr(sb3_results, "fit", partial(sb3_results.fit, updates=3))
+    settings = {"seed": 101, "output": tmp_path / "sb3.csv"}
+    with pytest.raises(script.UserError, match="run the command `train` first"):
+        sb3_results.main(sb3_results.Args("finish", **settings))
+    sb3_results.main(sb3_results.Args("train", steps=110, **settings))
+    sb3_results.main(sb3_results.Args("finish", steps=2, **settings))
+    with open(tmp_path / "sb3.csv") as file:
+        agents = [row["agent"] for row in csv.DictReader(file)]
+    assert agents == ["plain, sampled", "plain", "finished without PAVE", "finished with PAVE"]
+    sb3_results.main(sb3_results.Args("exchange", seed=101, output=tmp_path / "exchange.csv"))
+    assert "SiLU, fitted" in (tmp_path / "exchange.csv").read_text()

@@ -1,17 +1,23 @@
-"""SAC + PAVE in Stable-Baselines3: PaveSAC adds PAVE to the critic's gradient. train(), save() and load() stay SB3's.
+"""PAVE in Stable-Baselines3, for SAC and TD3: to finish an agent that you have trained, or from scratch.
+
+    model = PaveSAC.load("plain.zip", env=env, lambdas=(0.1, 0.1, 0.01))  # PaveTD3 for a TD3; of ReLU agents as well
+    model.load_replay_buffer("plain_buffer.pkl")  # if you saved one; else 5,000 steps are gathered first
+    model.learn(10_000, reset_num_timesteps=False)  # 10,000 steps more
+    model.save("smooth.zip")  # plain SAC.load("smooth.zip") reads it, without this file
+
+learn(), save(), load(), callbacks and loggers stay SB3's. Copy what is marked below the PAVE block; actions need
+nothing, since SB3 replays them in [-1, 1]. Tested with stable-baselines3 2.9. From scratch on Pendulum-v1:
 
     python -m benchmarks.recipes.sb3    # --lambdas 0 0 0: SB3's own SAC, with SiLU
-
-Copy PaveSAC below the PAVE block, and give it a smooth activation as in train() below: SB3's own is ReLU. The actions
-need nothing: SB3 replays them in [-1, 1]. Tested with stable-baselines3 2.9, vector observations and n_steps = 1.
 """
 
 import json
+import warnings
 from functools import partial
 
 import torch
 import tyro
-from stable_baselines3 import SAC
+from stable_baselines3 import SAC, TD3
 from torch import nn
 
 from sac_pave_continuous import evaluate, make_env, pave_losses, rademacher_like
@@ -19,7 +25,10 @@ from sac_pave_continuous import evaluate, make_env, pave_losses, rademacher_like
 LAMBDAS = 0.1, 0.005, 0.5  # MPR, VFC, Curv: the paper's for SAC on Pendulum; elsewhere start from 0.1, 0.1, 0.01
 
 
-# copy from here
+# copy from here, below the PAVE block; it needs the imports of warnings, partial, torch, nn, SAC and TD3
+SMOOTH_RELU = partial(nn.Softplus, beta=10)
+
+
 @torch.compile  # optional: faster after a minute; it goes on the loss, not on the critic
 def critic_terms(critic, s, a, next_s, noise, probe, delta):
     """MPR, VFC and Curv, each the sum over SB3's critics."""
@@ -33,21 +42,82 @@ def critic_terms(critic, s, a, next_s, noise, probe, delta):
     return sum(one(net) for net in critic.q_networks)
 
 
-class PaveSAC(SAC):
-    def __init__(self, *args, lambdas=(0.1, 0.1, 0.01), sigma=0.01, delta=1.0, **kwargs):
+def with_smooth_critics(policy_class, activation_fn):
+    """A policy class like `policy_class` whose critics have another activation. The actor and all weights' names stay.
+
+    SB3's own policies have one activation_fn for actor and critics, and load() puts weights into whatever function it
+    names. A class that is made in a function is saved within the .zip, so that plain SB3 builds the same critics again.
+    """
+
+    class SmoothCriticPolicy(policy_class):
+        critic_activation_fn = activation_fn
+
+        def make_critic(self, features_extractor=None):
+            self.critic_kwargs["activation_fn"] = activation_fn
+            return super().make_critic(features_extractor)
+
+    return SmoothCriticPolicy
+
+
+class Pave:
+    """Adds PAVE to the critics' gradient of SB3's SAC or TD3. load() takes the settings of __init__, too."""
+
+    def __init__(
+        self,
+        *args,
+        lambdas=(0.1, 0.1, 0.01),  # of MPR, VFC and Curv; three zeros: SB3's own algorithm
+        sigma=0.01,  # of MPR's noise, in the units of the observations that the critic gets
+        delta=1.0,  # margin of Curv
+        critic_activation_fn=SMOOTH_RELU,  # takes ReLU's place in the critics, since that has no curvature
+        pave_batch_size=64,  # rows of the minibatch that PAVE uses: fewer are unbiased and cheaper
+        gather_steps=5_000,  # transitions that a loaded agent must have, or gather by its policy, before it is updated
+        **kwargs,
+    ):
         self.lambdas, self.sigma, self.delta = lambdas, sigma, delta  # save() and load() keep them
+        self.critic_activation_fn, self.pave_batch_size = critic_activation_fn, pave_batch_size
+        self.gather_steps = gather_steps
         super().__init__(*args, **kwargs)
 
     def _setup_model(self):  # __init__ and load() end here
+        if not any(self.lambdas):
+            super()._setup_model()
+            return
+        self.check_settings()
+        activation = self.policy_kwargs.get("activation_fn", nn.ReLU)()
+        finished = hasattr(self.policy_class, "critic_activation_fn")  # a .zip that was saved from here
+        if isinstance(activation, (nn.ReLU, nn.LeakyReLU)) and not finished:
+            self.policy_class = with_smooth_critics(self.policy_class, self.critic_activation_fn)
         super()._setup_model()
+        self.was_trained = self.num_timesteps > 0
         batch = {}  # SB3's train() calls critic_target(s', .), then critic(s, a), then the critic's optimizer
         self.critic_target.register_forward_pre_hook(lambda _, inputs: batch.update(next_s=inputs[0]))
         self.critic.register_forward_pre_hook(lambda _, inputs: batch.update(s=inputs[0], a=inputs[1]))
-        if any(self.lambdas):
-            self.critic.optimizer.register_step_pre_hook(lambda *_: self.add_pave_gradients(**batch))
+        self.critic.optimizer.register_step_pre_hook(lambda *_: self.add_pave_gradients(**batch))
+
+    def check_settings(self):
+        """ValueError where PAVE would be wrong, or the .zip is another algorithm's."""
+        own_policy = self.policy_aliases["MlpPolicy"]
+        if not issubclass(self.policy_class, own_policy):
+            raise ValueError(f"{type(self).__name__} needs a {own_policy.__name__}, not {self.policy_class}")
+        if len(self.observation_space.shape or ()) != 1:
+            raise ValueError(f"PAVE needs vector observations, not {self.observation_space}")
+        if getattr(self, "n_steps", 1) != 1:
+            raise ValueError(f"PAVE needs n_steps=1, not {self.n_steps}: its VFC takes the next observation")
+        if len(self.lambdas) != 3 or min(self.lambdas) < 0:
+            raise ValueError(f"lambdas are the weights of MPR, VFC and Curv, not {self.lambdas}: none may be negative")
+
+    def train(self, gradient_steps, batch_size=64):
+        # A loaded agent is past learning_starts: without its replay buffer SB3 would train it on the first transition
+        transitions = self.replay_buffer.size() * self.n_envs
+        enough = min(self.gather_steps, self.buffer_size) if any(self.lambdas) and self.was_trained else 0
+        if transitions < enough:
+            warnings.warn(f"no update before the replay buffer has {enough:,} transitions (gather_steps)", stacklevel=2)
+        else:
+            super().train(gradient_steps, batch_size)
 
     def add_pave_gradients(self, s, a, next_s):
         """To the TD gradients, which SB3 has just computed on the same batch."""
+        s, a, next_s = (rows[: self.pave_batch_size] for rows in (s, a, next_s))
         noise, probe = self.sigma * torch.randn_like(s), rademacher_like(a)
         terms = critic_terms(self.critic, s, a, next_s, noise, probe, self.delta)
         (terms @ terms.new_tensor(self.lambdas)).backward()
@@ -55,12 +125,20 @@ class PaveSAC(SAC):
             self.logger.record_mean(f"train/{name}", term)
 
 
+class PaveSAC(Pave, SAC):
+    pass
+
+
+class PaveTD3(Pave, TD3):
+    pass
+
+
 # to here
 
 
 def train(lambdas: tuple[float, float, float] = LAMBDAS, seed: int = 1, total_timesteps: int = 20_000) -> nn.Module:
-    smooth = {"activation_fn": nn.SiLU}
-    model = PaveSAC("MlpPolicy", "Pendulum-v1", lambdas=lambdas, policy_kwargs=smooth, seed=seed, device="cpu")
+    settings = {"pave_batch_size": 256, "policy_kwargs": {"activation_fn": nn.SiLU}, "seed": seed, "device": "cpu"}
+    model = PaveSAC("MlpPolicy", "Pendulum-v1", lambdas=lambdas, **settings)
     model.learn(total_timesteps)
     model.actor.forward = partial(model.actor.forward, deterministic=True)
     return model.actor
