@@ -1,6 +1,7 @@
 """Each recipe's critic loss is the block's, on the real libraries; a few updates of each run."""
 
 import csv
+import inspect
 import itertools
 import subprocess
 import sys
@@ -235,6 +236,21 @@ def test_sb3_without_its_replay_buffer_gathers_before_the_first_update(plain_zip
     assert torch.equal(weights(model.policy), start)
     model.learn(1, reset_num_timesteps=False)
     assert not torch.equal(weights(model.policy), start)
+
+
+def test_the_marked_part_of_sb3_runs_below_the_pave_block_with_its_imports_alone(plain_zip):
+    imports = "import warnings\nfrom functools import partial\nimport torch\n"
+    imports += "from stable_baselines3 import SAC, TD3\nfrom torch import nn\n"
+    block = inspect.getsource(script).split("PAVE: paste from here to the next dashed line\n")[1].split("\n# -----")[0]
+    _, marked = inspect.getsource(sb3).split("# copy from here")[1].split("# to here")[0].split("\n", 1)
+    pasted = {"__name__": "pasted"}
+    exec(imports + block + marked, pasted)
+    for plain_sb3, pave_sb3 in ((SAC, pasted["PaveSAC"]), (TD3, pasted["PaveTD3"])):
+        path = plain_zip(plain_sb3)
+        model = load_sb3(pave_sb3, path)
+        model.load_replay_buffer(path.with_suffix(".pkl"))
+        model.learn(1, reset_num_timesteps=False)
+        assert not torch.equal(weights(model.policy), weights(load_sb3(pave_sb3, path).policy))
 
 
 def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):

@@ -9,6 +9,7 @@ Each prints its rows as it goes and adds them to the CSV of --output.
 """
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,15 +48,15 @@ def stem(algorithm: str, env_id: str, seed: int) -> Path:
     return FOLDER / f"{env_name(env_id)}__{algorithm}__{seed}"
 
 
-def add_rows(output: Path, rows: list[dict]) -> None:
-    """To the end of a CSV, whose header is the first rows' keys."""
+def add_row(output: Path, row: dict) -> None:
+    """To the end of a CSV, whose header is the first row's keys."""
     new = not output.exists()
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(row))
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow(row)
 
 
 def measured(model, env_id: str, deterministic: bool = True) -> dict:
@@ -74,33 +75,31 @@ def read_plain(cls, args, **settings):
     return model
 
 
-def train(args) -> list[dict]:
+def train(args) -> Iterator[dict]:
     """Plain SB3 with its defaults: the agent that a user has. Actions of predict as it samples them, and its means."""
     plain, _, _ = ALGORITHMS[args.algorithm]
     model = plain("MlpPolicy", gym.make(args.env_id), seed=args.seed, device="cpu").learn(args.steps)
     path = stem(args.algorithm, args.env_id, args.seed)
     model.save(path)
     model.save_replay_buffer(path.with_suffix(".pkl"))
-    sampled = {"agent": "plain, sampled"} | measured(model, args.env_id, deterministic=False)
-    return [sampled, {"agent": "plain"} | measured(model, args.env_id)]
+    yield {"agent": "plain, sampled"} | measured(model, args.env_id, deterministic=False)
+    yield {"agent": "plain"} | measured(model, args.env_id)
 
 
-def finish(args) -> list[dict]:
+def finish(args) -> Iterator[dict]:
     """As many steps more from the same agent: plain SB3 goes on, and with PAVE."""
     plain, pave, lambdas = ALGORITHMS[args.algorithm]
     settings = {"lambdas": lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)}
     settings |= {"critic_activation_fn": CANDIDATES[args.activation]} if args.activation else {}
     arms = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, settings)}
-    rows = []
     for agent, (cls, settings) in arms.items():
         if args.arm in agent:
             model = read_plain(cls, args, **settings)
             model.learn(args.steps, reset_num_timesteps=False)
-            rows.append({"agent": agent + args.activation * (cls is pave)} | measured(model, args.env_id))
-    return rows
+            yield {"agent": agent + args.activation * (cls is pave)} | measured(model, args.env_id)
 
 
-def exchange(args) -> list[dict]:
+def exchange(args) -> Iterator[dict]:
     """What the exchange of ReLU in a SAC's or TD3's critics does to Q, and to the TD error, then and 300 updates later.
 
     delta_q: root mean square of Q's change at 2,048 replayed (s, a); q_std: Q's standard deviation there. td_first,
@@ -110,7 +109,6 @@ def exchange(args) -> list[dict]:
     settings = {"lambdas": lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)}
     before = read_plain(plain, args)
     batch = before.replay_buffer.sample(2048)
-    rows = []
     for name, activation_fn in CANDIDATES.items():
         model = read_plain(pave, args, critic_activation_fn=activation_fn, gather_steps=0, **settings)
         if name == FITTED:
@@ -125,8 +123,7 @@ def exchange(args) -> list[dict]:
             losses.append(model.logger.name_to_value["train/critic_loss"])
         row = {"delta_q": change.square().mean().sqrt().item(), "q_std": old.std().item()}
         row |= {"td_first": losses[0], "td_later": losses[-1]}
-        rows.append({"agent": name} | {key: float(f"{value:.4g}") for key, value in row.items()})
-    return rows
+        yield {"agent": name} | {key: float(f"{value:.4g}") for key, value in row.items()}
 
 
 def fit(model, teacher, updates: int = 2000) -> None:
@@ -170,10 +167,9 @@ class Args:
 
 def main(args: Args) -> None:
     settings = {"env": args.env_id, "algorithm": args.algorithm, "seed": args.seed, "steps": args.steps}
-    rows = [settings | row for row in COMMANDS[args.command](args)]
-    for row in rows:
-        print(*row.values())
-    add_rows(args.output, rows)
+    for row in COMMANDS[args.command](args):
+        print(*(settings | row).values(), flush=True)
+        add_row(args.output, settings | row)
 
 
 if __name__ == "__main__":
