@@ -220,6 +220,10 @@ def test_plain_sb3_loads_a_finished_zip_with_the_same_actions_and_q_values_witho
         actions = torch.as_tensor(model.predict(s.numpy(), deterministic=True)[0])
         expected = {"q": model.critic(s, a), "target": model.critic_target(s, a), "actions": actions}
         torch.save(expected | {"s": s, "a": a}, tmp_path / f"{name}.zip.pt")
+        # another version of Python can't read the class within the .zip, and is given it
+        given = {"policy_class": sb3.with_smooth_critics(plain_sb3.policy_aliases["MlpPolicy"], sb3.SMOOTH_RELU)}
+        elsewhere = plain_sb3.load(tmp_path / f"{name}.zip", device="cpu", custom_objects=given)
+        torch.testing.assert_close(elsewhere.critic(s, a), expected["q"], rtol=0, atol=0)
         # finished once more: the activation of the first time stays
         again = load_sb3(pave_sb3, tmp_path / f"{name}.zip", critic_activation_fn=nn.SiLU)
         torch.testing.assert_close(again.critic(s, a), expected["q"], rtol=0, atol=0)
