@@ -26,6 +26,8 @@ from benchmarks.common import SCRIPTS, require, user_errors
 
 WEIGHTS = {"Pendulum": {"caps_temporal": 1.0, "caps_spatial": 5.0}}  # by env; any other env takes the next line
 DEFAULT_WEIGHTS = {"caps_temporal": 0.1, "caps_spatial": 0.5}
+# What is None, as an agent's settings are that was trained without CAPS, becomes this
+DEFAULTS = {"lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0, "caps_sigma": 0.2}
 
 
 def caps_loss(actor, observations, next_observations, noise, temporal: float, spatial: float):
@@ -40,12 +42,12 @@ def with_caps(script: ModuleType) -> tuple[type, type]:
 
     @dataclass
     class Args(script.Args):
-        lambda_mpr: float = 0.0  # CAPS leaves the critic plain
-        lambda_vfc: float = 0.0  # CAPS leaves the critic plain
-        lambda_curv: float = 0.0  # CAPS leaves the critic plain
+        lambda_mpr: float | None = 0.0  # CAPS leaves the critic plain
+        lambda_vfc: float | None = 0.0  # CAPS leaves the critic plain
+        lambda_curv: float | None = 0.0  # CAPS leaves the critic plain
         caps_temporal: float | None = None  # lambda_T; None: 1.0 on Pendulum, else 0.1
         caps_spatial: float | None = None  # lambda_S; None: 5.0 on Pendulum, else 0.5
-        caps_sigma: float = 0.2  # standard deviation of the spatial term's noise, in the observation's own units
+        caps_sigma: float | None = None  # std of the spatial term's noise, in the observation's own units; None: 0.2
 
     class Agent(script.Agent):
         def update(self, batch, update_actor: bool) -> dict:
@@ -75,8 +77,8 @@ def validate(args):
     """Return args with each None weight looked up for this env; UserError on a setting that makes no sense."""
     weights = WEIGHTS.get(sac_pave_continuous.env_name(args.env_id), DEFAULT_WEIGHTS)
     require(not args.resume or args.caps_temporal is not None, "--resume is no CAPS run: give one that CAPS began")
-    for name, value in {"lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0, **weights}.items():
-        if getattr(args, name) is None:  # a lambda is None after a warm start, for the script to look it up
+    for name, value in (DEFAULTS | weights).items():
+        if getattr(args, name) is None:  # also a lambda, after a warm start
             args = replace(args, **{name: value})
     for name in (*weights, "caps_sigma"):
         value = getattr(args, name)

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +187,10 @@ def rewrite(file, **changes):
     file.write_text(json.dumps(read_json(file) | changes))
 
 
+def rewrite_checkpoint(run, **changes):
+    torch.save(torch.load(run / "checkpoint.pt", weights_only=True) | changes, run / "checkpoint.pt")
+
+
 def untrained(folder, method, **settings):
     """A run of arguments(folder), not trained, but it says that it is finished and evaluated."""
     made = make_run(folder / f"Pendulum-v1__td3__{method}__1__300", td3, learning_starts=50, **settings)
@@ -198,6 +204,7 @@ def files(folder):
 
 def outcome(capsys, *parts, **changes):
     """What the sweep says of its only cell, which it gets done."""
+    capsys.readouterr()
     sweep.main(arguments(*parts, **changes))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1/1 done ") and lines[1:] == ["1 of 1 runs are finished"]
@@ -233,12 +240,9 @@ def test_what_is_left_to_do_for_a_cell(run, tmp_path, capsys):
     assert look() == (300, run, False)  # killed before the summary
     assert "gamma" in look("--gamma 0.5")
     newer = shutil.copytree(run, run.with_name(f"{run.name}9"))
-    saved = torch.load(newer / "checkpoint.pt", weights_only=True)
-    torch.save(saved | {"step": 200}, newer / "checkpoint.pt")
+    rewrite_checkpoint(newer, step=200)
     assert look() == (300, run, False)  # the furthest
-    torch.save(
-        saved | {"origin": {"run": "R", "step": 70, "args": saved["args"], "origin": None}}, newer / "checkpoint.pt"
-    )
+    rewrite_checkpoint(newer, origin={"run": "R", "step": 70, "args": vars(td3.Args()), "origin": None})
     assert "a start from step 70 of R instead of a start from scratch" in look()
     (newer / "checkpoint.pt").write_bytes(b"half")
     assert look() == (300, run, False)
@@ -267,11 +271,11 @@ def test_a_sweep_trains_evaluates_and_removes_nothing_and_the_report_has_it(run,
     (run / "checkpoint.pt").unlink()
     (run / "summary.json").unlink()  # as of a run that diverged before its first checkpoint
     before = files(tmp_path)
-    assert re.fullmatch("300 steps in .* s, evaluated", outcome(capsys, tmp_path, episodes=2))
+    assert re.fullmatch("300 steps in .* s, evaluated", outcome(capsys, tmp_path, episodes=1))
     assert before.items() <= files(tmp_path).items()
     (new,) = {path.parent for path in run.parent.glob("*/summary.json")}
     evaluation, about = read_json(new / "evaluation.json"), read_json(run.parent / "cell.json")
-    assert evaluate.about(300, 2).items() <= evaluation.items()
+    assert evaluate.about(300, 1).items() <= evaluation.items()
     cell = {"algorithm": "td3", "method": "base", "env_id": "Pendulum-v1", "seed": 1, "steps": 300}
     assert cell.items() <= about.items() and "--seed 1" in about["command"]
     (stretch,) = about["stretches"]
@@ -294,20 +298,16 @@ def test_a_sweep_trains_evaluates_and_removes_nothing_and_the_report_has_it(run,
 
 
 def test_a_killed_training_goes_on_and_cell_json_tells_its_stretches(run, tmp_path, capsys):
-    """After its last checkpoint and before its summary, and its sweep, too; then more steps are asked for."""
+    """After its last checkpoint and before its summary, and its sweep, too."""
     (run / "summary.json").unlink()
     (run / "evaluation.json").unlink()
     first = {"from": 0, "to": None, "wall_seconds": None, "machine": "another", "torch": "2.0", "commit": "c"}
     (run.parent / "cell.json").write_text(json.dumps({"stretches": [first]}))
-    assert re.fullmatch("0 steps in .* s, evaluated", outcome(capsys, tmp_path))
+    assert re.fullmatch("0 steps in .* s, evaluated", outcome(capsys, tmp_path, episodes=1))
     about = read_json(run.parent / "cell.json")
     assert about["stretches"][0] == first | {"to": 300} and about["wall_seconds"] is None  # nobody knows how long
     assert [about["stretches"][1][name] for name in ("from", "to", "torch")] == [300, 300, torch.__version__]
     assert read_json(run / "summary.json")["steps"] == 300 and len(list(run.parent.glob("*__*__*__*/"))) == 1
-
-    before = files(tmp_path)  # more steps make another run, and the finished one stays
-    assert re.fullmatch("400 steps in .* s, evaluated", outcome(capsys, tmp_path, steps=400))
-    assert before.items() <= files(tmp_path).items()
 
 
 def test_a_stopped_training_tells_how_far_it_came(run, tmp_path, monkeypatch):
@@ -315,8 +315,7 @@ def test_a_stopped_training_tells_how_far_it_came(run, tmp_path, monkeypatch):
     (run / "summary.json").unlink()
     (cell,) = sweep.make_cells(arguments(tmp_path))
     checkpoint = run / "checkpoint.pt"
-    saved = torch.load(checkpoint, weights_only=True)
-    torch.save(saved | {"step": 120}, checkpoint)
+    rewrite_checkpoint(run, step=120)
     code = (
         f"import torch; c = {str(checkpoint)!r}; torch.save(torch.load(c) | {{'step': 180}}, c); raise SystemExit(143)"
     )
@@ -332,52 +331,47 @@ def test_a_stopped_training_tells_how_far_it_came(run, tmp_path, monkeypatch):
 
 def test_a_warm_start_begins_from_the_agent_of_its_own_seed(tmp_path, capsys):
     """Whatever lambdas the source had, in a run of its own that a second call leaves alone; it can be resumed."""
+    tiny = {"total_timesteps": 60, "learning_starts": 50, "batch_size": 8, "buffer_size": 100, "eval_episodes": 0}
+    tiny |= {"env_id": "Pendulum-v1", "gamma": 0.9, "autotune_curv": True, "compile": False}
     sources = {}
     for seed in (1, 2):
-        cell = tmp_path / f"Pendulum-v1__td3__auto__{seed}__300"
-        sources[seed] = make_run(cell, td3, seed=seed, autotune_curv=True, learning_starts=50, gamma=0.9)
-        sources[seed] = sources[seed].rename(f"{sources[seed]}__1")
-    (sources[1].parent / "Pendulum-v1__td3_pave_continuous__1__0").mkdir()  # one that came to nothing
+        cell = tmp_path / f"Pendulum-v1__td3__auto__{seed}__60"
+        sources[seed] = td3.train(td3.Args(**tiny, seed=seed, output_dir=str(cell)))
+        (cell / "Pendulum-v1__td3_pave_continuous__1__0").mkdir()  # one that came to nothing
     before, pattern = files(tmp_path), f"{tmp_path}/*auto*"
     args = sweep.Args(("td3",), seeds=(1, 2), methods=("base", "pave", "auto", "caps"), steps=30, warm_start=pattern)
-    args.flags, args.output_dir, args.jobs = "--eval-episodes 1", tmp_path / "finish", 1
+    args.output_dir, args.jobs = tmp_path / "finish", 1
     made = {cell.folder.name: cell for cell in sweep.make_cells(args)}
-    for seed in (1, 2):
-        for method, lambdas in {
-            "base": (0, 0, 0),
-            "pave": (2, 0.005, 2),
-            "auto": (0.1, 0.0005, 0.01),
-            "caps": (0, 0, 0),
-        }.items():
-            cell = made[f"Pendulum-v1__td3__then-{method}__{seed}__30"]
-            assert tuple(cell.settings[name] for name in td3.LAMBDAS) == lambdas, cell.about
-            assert cell.settings["gamma"] == 0.9 and cell.settings["autotune_curv"] == (method == "auto")
-            assert f"--warm-start {sources[seed]}/checkpoint.pt" in cell.about["command"]
+    lambdas = {"base": (0, 0, 0), "pave": (2, 0.005, 2), "auto": (0.1, 0.0005, 0.01), "caps": (0, 0, 0)}
+    for seed, method in itertools.product(sources, lambdas):
+        cell = made[f"Pendulum-v1__td3__then-{method}__{seed}__30"]
+        assert tuple(cell.settings[name] for name in td3.LAMBDAS) == lambdas[method]
+        assert cell.settings["gamma"] == 0.9 and cell.settings["autotune_curv"] == (method == "auto")
+        assert f"--warm-start {sources[seed]}/checkpoint.pt" in cell.about["command"]
 
-    args.only = "then-(caps|pave)__2"
+    args.only, args.episodes = "then-caps__2", 1
     sweep.main(args)
-    assert "2 of 2 runs are finished" in capsys.readouterr().out and before.items() <= files(tmp_path).items()
-    for method in ("caps", "pave"):
-        (folder,) = (args.output_dir / f"Pendulum-v1__td3__then-{method}__2__30").glob("*__*__*__*/")
-        summary = read_json(folder / "summary.json")
-        assert (summary["steps"], summary["seed"], summary["lambda_mpr"]) == (30, 2, 2.0 * (method == "pave"))
-        assert (summary["origin"]["run"], summary["origin"]["step"]) == (sources[2].name, 300)
-        assert load_run(folder).method == f"auto-then-{method}"
+    assert "1 of 1 runs are finished" in capsys.readouterr().out and before.items() <= files(tmp_path).items()
+    (folder,) = (args.output_dir / "Pendulum-v1__td3__then-caps__2__30").glob("*__*__*__*/")
+    summary = read_json(folder / "summary.json")
+    assert (summary["steps"], summary["seed"], summary["caps_temporal"]) == (30, 2, 1.0)
+    assert (summary["origin"]["run"], summary["origin"]["step"]) == (sources[2].name, 60)
     (folder / "summary.json").unlink()  # as if it had been killed just before
-    args.only = "then-pave__2"
     sweep.main(args)
     assert read_json(folder / "summary.json") == summary | {"steps_per_second": 0.0}
     before = files(args.output_dir)
     sweep.main(args)
-    assert "1/1 done Pendulum-v1__td3__then-pave__2__30  already finished" in capsys.readouterr().out
+    assert "1/1 done Pendulum-v1__td3__then-caps__2__30  already finished" in capsys.readouterr().out
     assert files(args.output_dir) == before
 
     shutil.copytree(sources[2], f"{sources[2]}9")
     with pytest.raises(USER_ERRORS, match=f"one finished run of td3, Pendulum-v1, seed 2; it finds {sources[2]}, .*9$"):
         sweep.make_cells(args)
-    shutil.rmtree(sources[2])
-    with pytest.raises(USER_ERRORS, match=r"then-pave.*: was trained"):  # by name and step it is another source
-        raise USER_ERRORS[0](f"then-pave: {sweep.inspect(sweep.make_cells(args)[0])}")
+    shutil.rmtree(sources[2])  # what is left has the same settings and step: it is the same source
+    assert sweep.inspect(sweep.make_cells(args)[0]).finished
+    rewrite_checkpoint(Path(f"{sources[2]}9"), step=50)
+    with pytest.raises(USER_ERRORS, match=rf"step 60 of {sources[2].name} instead of a start from step 50 of .*9:"):
+        sweep.inspect(sweep.make_cells(args)[0])
 
 
 def test_one_failure_does_not_stop_the_rest(run, tmp_path, monkeypatch, capsys):
