@@ -222,9 +222,9 @@ def draw(critics: dict[str, list[Critic]], table: pd.DataFrame) -> plt.Figure:
         surface.set_title(name, fontweight="bold")
         surface.imshow(q_surface(fitted[0]).T.numpy(), **look)  # (A, S): a row is an action
         policies = [greedy_actions(critic).numpy() for critic in fitted]
-        surface.plot(states, policies[0], color=COLOURS[0], linewidth=2, label="greedy action")
+        surface.plot(states, policies[0], color=COLOURS["base"], linewidth=2, label="greedy action")
         for policy in policies:
-            lines.plot(states, policy, color=COLOURS[0], linewidth=1, alpha=0.7)
+            lines.plot(states, policy, color=COLOURS["base"], linewidth=1, alpha=0.7)
         for axis in (surface, lines):
             axis.plot(states, truth, "--", color="black", linewidth=1.2, label="truly best action a*")
             axis.set(xlim=(-1, 1), ylim=(-1.04, 1.04), xticks=(-1, 0, 1), yticks=(-1, 0, 1))
@@ -232,7 +232,7 @@ def draw(critics: dict[str, list[Critic]], table: pd.DataFrame) -> plt.Figure:
             axis.grid(False)
         lines.set_xlabel("state s", labelpad=0)
         for height, text in zip(heights, texts(table[table["critic"] == name]), strict=True):
-            numbers.text(0.5, height, text, ha="center", va="center", color=COLOURS[0] if text == "∞" else "black")
+            numbers.text(0.5, height, text, ha="center", va="center", color=COLOURS["base"] if text == "∞" else "black")
     for axis in axes[:2, 1]:
         axis.set_ylabel("action a", labelpad=0)
     figure.suptitle("What PAVE does to a critic that is fitted to noisy returns", x=0.01, ha="left")
