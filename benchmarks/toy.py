@@ -24,7 +24,7 @@ to. That is what Curv brings here, more than a large mu: the false peaks of a cr
 does the theorem hold where g is at a limit, -1 or 1: dQ/da need not be zero there. M and mu leave such states out.
 
 How the lambdas were chosen: to be seen, from a handful tried on seeds 101 to 104. The default seeds had no part in
-that. With one state and one action MPR and VFC shrink the same number, so that leaving one out only halves their pull.
+that. With one state and one action MPR and VFC shrink the same number, so that leaving one out only weakens the pull.
 """
 
 import math
