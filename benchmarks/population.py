@@ -3,8 +3,8 @@
     python -m benchmarks.population td3_pave_continuous --env-id Pendulum-v1 --seeds 101 102 --lambda-curv 0.5 1 2
     python -m benchmarks.population sac_pave_continuous --env-id HalfCheetah-v5 --members members.toml
 
-The product of the lists gives the members: here 3 x 2. A lambda without a list is the env's own. All other flags are the
-script's. A TOML file gives several products; what one of its tables lacks is as on the command line:
+The product of the lists gives the members: here 3 x 2. A lambda without a list is the env's own. All other flags are
+the script's. A TOML file gives several products; what one of its tables lacks is as on the command line:
 
     [[population]]
     seeds = [1, 2, 3]
@@ -90,7 +90,7 @@ def read_tables(args: Args) -> list[Args]:
 
 def member_name(script, args) -> str:
     """The name of a member's folder: what sets it apart from the others, and all that the lists can change."""
-    weights = "-".join(f"{getattr(args, name):g}" for name in script.LAMBDAS)
+    weights = "-".join(f"{getattr(args, name):.12g}" for name in script.LAMBDAS)
     weights = f"auto-{weights}" if args.autotune_curv else weights
     return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{args.env_id}__{script.SCRIPT}__{weights}__{args.seed}")
 
@@ -98,8 +98,9 @@ def member_name(script, args) -> str:
 def make_members(args: Args, common) -> dict:
     """Folder's name -> the settings of each member, once. `common`: the script's Args without seed and lambdas."""
     script, members = SCRIPTS[args.script], {}
-    own = not (common.resume or common.warm_start)
-    require(own, "a population takes no --resume and no --warm-start: the same command goes on with it")
+    require(common.seed == script.Args.seed, "give --seeds, not --seed")
+    scratch = not (common.resume or common.warm_start)
+    require(scratch, "a population takes no --resume and no --warm-start: the same command goes on with it")
     for table in read_tables(args):
         lists = [getattr(table, name) or (None,) for name in script.LAMBDAS]
         for autotune_curv, *weights, seed in itertools.product(table.autotune_curv, *lists, table.seeds):
@@ -269,6 +270,7 @@ class Population:
         self.step = checkpoints[0]["step"] if checkpoints and checkpoints[0] else 0
         self.position, self.size = self.buffers[0].position, self.buffers[0].size  # in step, so the same for all
         self.stack()
+        self.pave_losses = self.agents[0].pave_losses
 
         batch, n, (d_s, d_a) = self.args.batch_size, self.agents[0].pave_rows, sizes
         shapes = {"action": (d_a,), "target": (batch, d_a), "state": (n, d_s), "probe": (n, d_a), "actor": (batch, d_a)}
@@ -304,7 +306,9 @@ class Population:
             states = [agent.optimizers[kind].state_dict()["state"] for agent in self.agents]
             for i in states[0]:  # none before the first update
                 state = {key: torch.stack([s[i][key] for s in states]) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizers[kind].state[self.tensors[self.trained[kind][i]]] = state | {"step": states[0][i]["step"]}
+                self.optimizers[kind].state[self.tensors[self.trained[kind][i]]] = state | {
+                    "step": states[0][i]["step"].clone()
+                }
         self.targets, self.sources = [], []  # of Polyak averaging
         for name, tensor in self.tensors.items():
             source = name.replace("critic_targets.", "critics.").replace("actor_target.", "actor.")
@@ -353,7 +357,7 @@ class Population:
     @contextlib.contextmanager
     def own_pave_losses(self):
         """The script's losses call Member.pave_losses in here."""
-        before, self.script.pave_losses = self.script.pave_losses, self.agents[0].pave_losses
+        before, self.script.pave_losses = self.script.pave_losses, self.pave_losses
         try:
             yield
         finally:
@@ -471,7 +475,11 @@ class Population:
         """script.evaluate of each member in its worker process, all at once; None where it is lost."""
         weights = []
         for i in range(len(self.settings)):
-            own = {name.removeprefix("actor."): t[i].cpu().numpy() for name, t in self.tensors.items() if name[:6] == "actor."}
+            own = {
+                name.removeprefix("actor."): t[i].cpu().numpy()
+                for name, t in self.tensors.items()
+                if name[:6] == "actor."
+            }
             weights.append(None if i in self.lost else own)
         self.envs.set_attr("weights", weights)
         evaluations = list(self.envs.call("evaluate", self.args.eval_episodes))
@@ -641,7 +649,9 @@ def main(args: Args, common) -> None:
             runs.append(Runs(script, starts, device))
         if runs:
             sizes = " + ".join(str(len(starts)) for starts in groups.values())
-            tqdm.write(f"{sizes} members; the first updates wait for torch.compile" if common.compile else f"{sizes} members")
+            tqdm.write(
+                f"{sizes} members; the first updates wait for torch.compile" if common.compile else f"{sizes} members"
+            )
             train(runs)
     finally:
         for group in runs:
