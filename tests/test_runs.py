@@ -224,6 +224,15 @@ def test_a_finished_run_and_another_training_are_refused_by_resume(script, small
     assert summary(run_dir)["steps"] == 130
 
 
+def test_a_checkpoint_from_before_warm_starts_goes_on(script, small_args):
+    run_dir = stopped(script.train(small_args(total_timesteps=120)))
+    saved = checkpoint(run_dir)
+    del saved["origin"], saved["args"]["warm_start"]
+    torch.save(saved, run_dir / "checkpoint.pt")
+    script.train(small_args(total_timesteps=130, resume=str(run_dir / "checkpoint.pt")))
+    assert (checkpoint(run_dir)["step"], summary(run_dir)["origin"]) == (130, None)
+
+
 def test_two_at_once_on_one_run_the_second_is_refused(script, small_args):
     process = start(script, small_args(total_timesteps=100_000, checkpoint_interval=100))
     while not (paths := list(Path(small_args().output_dir).rglob("checkpoint.pt"))):
