@@ -358,7 +358,8 @@ def test_a_warm_start_begins_from_the_agent_of_its_own_seed(tmp_path, capsys):
     assert (summary["origin"]["run"], summary["origin"]["step"]) == (sources[2].name, 60)
     (folder / "summary.json").unlink()  # as if it had been killed just before
     sweep.main(args)
-    assert read_json(folder / "summary.json") == summary | {"steps_per_second": 0.0}
+    resumed = read_json(folder / "summary.json")
+    assert resumed == summary | {"resume": str(folder / "checkpoint.pt"), "steps_per_second": 0.0}
     before = files(args.output_dir)
     sweep.main(args)
     assert "1/1 done Pendulum-v1__td3__then-caps__2__30  already finished" in capsys.readouterr().out
