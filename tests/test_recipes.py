@@ -227,6 +227,7 @@ def test_plain_sb3_loads_a_finished_zip_with_the_same_actions_and_q_values_witho
         # finished once more: the activation of the first time stays
         again = load_sb3(pave_sb3, tmp_path / f"{name}.zip", critic_activation_fn=nn.SiLU)
         torch.testing.assert_close(again.critic(s, a), expected["q"], rtol=0, atol=0)
+        assert again.policy_class.critic_activation_fn.keywords == {"beta": 10}
     command = [sys.executable, "-W", "ignore", "-c", LOAD_ELSEWHERE]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
