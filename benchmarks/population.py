@@ -126,26 +126,23 @@ def find_start(script, name: str, args) -> Start | str:
     UserError where its folder holds another training.
     """
     for run in sorted(Path(args.output_dir).glob("*__*__*__*/"), reverse=True):  # the newest first
-        summary, lost, checkpoint = read_json(run / "summary.json"), read_json(run / "lost.json"), None
-        if summary:
-            saved, step = summary, summary["steps"]
-        elif (run / "checkpoint.pt").exists():
-            checkpoint = script.load_checkpoint(str(run / "checkpoint.pt"))
-            saved, step = asdict(checkpoint["args"]), checkpoint["step"]
-        elif lost:
-            return f"{name}: lost before, {lost['reason']}"
-        else:
-            continue  # killed before its first checkpoint
-        for setting, value in asdict(args).items():
-            free = setting in script.FREE_SETTINGS or setting == "total_timesteps"
-            told = f"{run} was trained with {setting} {saved.get(setting)}, not {value}: give another --output-dir"
-            require(free or saved.get(setting) == value, told)
-        enough = step == args.total_timesteps or (not summary and step < args.total_timesteps)
-        require(enough, f"{run} is at step {step:,}, not {args.total_timesteps:,}: give another --output-dir")
-        if summary:
-            return f"{name}: finished before"
+        lost, summary, checkpoint = read_json(run / "lost.json"), read_json(run / "summary.json"), None
         if lost:
             return f"{name}: lost before, {lost['reason']}"
+        if not summary:
+            if not (run / "checkpoint.pt").exists():
+                continue  # killed before its first checkpoint
+            checkpoint = script.load_checkpoint(str(run / "checkpoint.pt"))
+        saved = summary or asdict(checkpoint["args"]) | {"steps": checkpoint["step"]}
+        for setting, value in asdict(args).items():
+            same = setting in script.FREE_SETTINGS or setting == "total_timesteps" or saved.get(setting) == value
+            told = f"{run} was trained with {setting} {saved.get(setting)}, not {value}: give another --output-dir"
+            require(same, told)
+        steps, total = saved["steps"], args.total_timesteps
+        require(steps == total or not summary, f"{run} is finished with {steps:,} steps: give another --output-dir")
+        require(steps <= total, f"{run} is at step {steps:,} already: raise --total-timesteps")
+        if summary:
+            return f"{name}: finished before"
         return Start(name, replace(args, resume=str(run / "checkpoint.pt")), checkpoint)
     return Start(name, args, None)
 
@@ -166,35 +163,34 @@ class MemberEnv(gym.Wrapper):
     def __init__(self, script, env_id: str, main_process: int):
         super().__init__(script.make_env(env_id))
         self.script, self.env_id, self.evaluation_env, self.weights = script, env_id, None, None
-        self.failed = False
+        self.failed, self.no_observation = False, np.zeros(self.observation_space.shape, np.float32)
         if os.getpid() != main_process:  # AsyncVectorEnv makes one more there, to see its spaces
             os.setsid()  # a terminal's Ctrl-C is for the main process alone
             torch.set_num_threads(1)
 
-    def nothing(self, error: Exception | None = None) -> tuple[np.ndarray, dict]:
-        self.failed = self.failed or error is not None
-        return np.zeros(self.observation_space.shape, np.float32), {"failed": repr(error)[:200]} if error else {}
+    def fail(self, error: Exception) -> dict:
+        self.failed = True
+        return {"failed": repr(error)[:200]}
 
     def reset(self, *, seed=None, options=None):
-        """An episode that begins as train()'s does; a gymnasium.Env without a seed would go on with its own draws."""
+        """An episode that begins as train()'s does."""
         try:
             return self.script.seed_episode(self.env, seed), {}
         except Exception as error:
-            return self.nothing(error)
+            return self.no_observation, self.fail(error)
 
     def step(self, action):
-        if self.failed or not np.isfinite(action).all():
-            observation, info = self.nothing()
-            return observation, 0.0, False, False, info
-        try:
-            observation, reward, terminated, truncated, _ = self.env.step(action)
-            return observation, reward, terminated, truncated, {}
-        except Exception as error:
-            observation, info = self.nothing(error)
-            return observation, 0.0, False, False, info
+        info = {}
+        if not self.failed and np.isfinite(action).all():
+            try:
+                observation, reward, terminated, truncated, _ = self.env.step(action)
+                return observation, reward, terminated, truncated, info
+            except Exception as error:
+                info = self.fail(error)
+        return self.no_observation, 0.0, False, False, info
 
     def evaluate(self, episodes: int) -> dict | None:
-        """script.evaluate of the actor whose weights are `weights`; None where they are."""
+        """script.evaluate of the actor whose weights are `weights`; None where those are."""
         if self.weights is None:
             return None
         try:
@@ -204,7 +200,7 @@ class MemberEnv(gym.Wrapper):
             actor.load_state_dict({name: torch.from_numpy(weight) for name, weight in self.weights.items()})
             return self.script.evaluate(actor, self.evaluation_env, episodes)
         except Exception as error:
-            return {"failed": repr(error)[:200]}
+            return self.fail(error)
 
 
 # ------------------------------------------------------------------------------------------------------- the update
@@ -227,18 +223,18 @@ def member_class(script):
         def pave_losses(self, *inputs):
             """The script's; a term that overflows is 0 where its lambda is 0, since 0 times infinity is NaN."""
             pave = script_pave_losses(*inputs)
-            mpr, vfc, curvature = (
-                torch.where((weight > 0) | term.isfinite(), term, 0.0)
-                for weight, term in zip((self.lambda_mpr, self.lambda_vfc, self.lambda_curv), pave[:3], strict=True)
-            )
-            return pave._replace(mpr=mpr, vfc=vfc, curvature=curvature)
+            weights = {"mpr": self.lambda_mpr, "vfc": self.lambda_vfc, "curvature": self.lambda_curv}
+            for name, weight in weights.items():
+                term = getattr(pave, name)
+                pave = pave._replace(**{name: torch.where((weight > 0) | term.isfinite(), term, 0.0)})
+            return pave
 
     script_pave_losses = script.pave_losses
     return Member
 
 
 class Population:
-    """Members with one update for all of them, their replay and their envs; `advance()` is a step of each.
+    """Members with one update for all of them, their replay and their envs. A step is begin_step() and end_step().
 
     settings: the script's Args of each, which differ in seed and lambdas alone; checkpoints: of the same step.
     """
@@ -304,11 +300,10 @@ class Population:
                 groups.append({"params": [self.tensors[name] for name in own_names], "lr": group["lr"]})
             self.optimizers[kind] = torch.optim.Adam(groups, **optimizer.defaults)
             states = [agent.optimizers[kind].state_dict()["state"] for agent in self.agents]
-            for i in states[0]:  # none before the first update
-                state = {key: torch.stack([s[i][key] for s in states]) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizers[kind].state[self.tensors[self.trained[kind][i]]] = state | {
-                    "step": states[0][i]["step"].clone()
-                }
+            for i, first in states[0].items():  # none before the first update
+                state = {key: torch.stack([own[i][key] for own in states]) for key in ("exp_avg", "exp_avg_sq")}
+                state["step"] = first["step"].clone()
+                self.optimizers[kind].state[self.tensors[self.trained[kind][i]]] = state
         self.targets, self.sources = [], []  # of Polyak averaging
         for name, tensor in self.tensors.items():
             source = name.replace("critic_targets.", "critics.").replace("actor_target.", "actor.")
@@ -326,7 +321,8 @@ class Population:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for parameter, name in zip(parameters, self.trained[kind], strict=True):
                 state = self.optimizers[kind].state.get(self.tensors[name], {})
-                optimizer.state[parameter] = {k: v.clone() if k == "step" else v[i].clone() for k, v in state.items()}
+                own = {key: value if key == "step" else value[i] for key, value in state.items()}
+                optimizer.state[parameter] = {key: value.clone() for key, value in own.items()}
         buffer.position, buffer.size = self.position, self.size
         return agent, buffer
 
@@ -399,6 +395,9 @@ class Population:
         batch = self.script.Batch(*parts, rewards.squeeze(2), terminations.squeeze(2))
         self.metrics |= self.fast_update(batch, update_actor)
 
+    def actor_weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith("actor.")}
+
     @torch.no_grad()
     def explore(self) -> np.ndarray:
         """An action (d_a,) of each member, in [-1, 1]."""
@@ -406,9 +405,8 @@ class Population:
             self.drawn["action"][i].normal_(generator=generator)
         self.to_device("action")
         observations = torch.as_tensor(self.observations, dtype=self.rows.dtype).to(self.device, non_blocking=True)
-        weights = {name: tensor for name, tensor in self.tensors.items() if name.startswith("actor.")}
         act = vmap(lambda *member: functional_call(self.agents[0], member[0], ("act", *member[1:])))
-        return act(weights, observations, self.noise["action"]).cpu().numpy()
+        return act(self.actor_weights(), observations, self.noise["action"]).cpu().numpy()
 
     def start_episodes(self) -> None:
         seeds = [None] * len(self.over)
@@ -473,14 +471,12 @@ class Population:
 
     def evaluate(self) -> list[dict | None]:
         """script.evaluate of each member in its worker process, all at once; None where it is lost."""
-        weights = []
-        for i in range(len(self.settings)):
-            own = {
-                name.removeprefix("actor."): t[i].cpu().numpy()
-                for name, t in self.tensors.items()
-                if name[:6] == "actor."
-            }
-            weights.append(None if i in self.lost else own)
+        weights = [{} for _ in self.settings]
+        for name, tensor in self.actor_weights().items():
+            for own, weight in zip(weights, tensor.cpu().numpy(), strict=True):
+                own[name.removeprefix("actor.")] = weight
+        for i in self.lost:
+            weights[i] = None
         self.envs.set_attr("weights", weights)
         evaluations = list(self.envs.call("evaluate", self.args.eval_episodes))
         self.note_failures({"failed": [e and e.get("failed") for e in evaluations]})
@@ -618,11 +614,12 @@ def train(runs: list[Runs]) -> None:
                 for group in unfinished:
                     group.end_step()
                     bar.update(len(group.population.alive()))
-                    step = group.population.step
-                    if step % group.population.args.eval_interval == 0:
-                        tqdm.write(f"step {step:,}: {state()}")
+                if unfinished:
+                    first = unfinished[0].population
+                    if first.step % first.args.eval_interval == 0:
+                        tqdm.write(f"step {first.step:,}: {state()}")
                         sys.stdout.flush()
-                    elif step % script.LOG_INTERVAL == 0:
+                    elif first.step % script.LOG_INTERVAL == 0:
                         bar.set_postfix_str(state(), refresh=False)
             for group in unfinished:
                 group.save()
@@ -647,11 +644,10 @@ def main(args: Args, common) -> None:
     try:
         for starts in groups.values():
             runs.append(Runs(script, starts, device))
+            starts[:] = [None] * len(starts)  # their checkpoints hold replay buffers
         if runs:
             sizes = " + ".join(str(len(starts)) for starts in groups.values())
-            tqdm.write(
-                f"{sizes} members; the first updates wait for torch.compile" if common.compile else f"{sizes} members"
-            )
+            tqdm.write(f"{sizes} members" + "; the first updates wait for torch.compile" * common.compile)
             train(runs)
     finally:
         for group in runs:

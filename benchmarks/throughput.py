@@ -12,8 +12,13 @@ Sides, with the script's own settings otherwise:
 A step is what train() does: explore, update, env.step, buffer.add; no logging, no evaluation. A value is the median
 over the rounds, with min and max; a ratio is the median over the rounds of value / value of λ=0. Prints the table;
 writes it as throughput.csv, and the machine and commit as throughput.json.
+
+    python -m benchmarks.throughput --population 1 4     N agents at once (benchmarks.population)
+
+against N single runs one after another, in agent-steps a second: the sides are λ=0 and PAVE, each in both ways.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -32,6 +37,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from benchmarks.common import SCRIPTS, machine, require, user_errors
+from benchmarks.population import Population
 
 SIDES = {  # settings beside the script's defaults
     "λ=0": {"lambda_mpr": 0.0, "lambda_vfc": 0.0, "lambda_curv": 0.0},
@@ -50,6 +56,7 @@ class Args:
     cuda: bool = True  # use a CUDA device if there is one
     compile: bool = True  # torch.compile the scripts' losses, as they do by default
     sb3: bool = False  # measure Stable-Baselines3, too: pip install stable-baselines3
+    population: tuple[int, ...] = ()  # measure so many agents at once against as many single runs, instead
 
 
 def stepper(script, settings: dict, args: Args) -> Callable[[int], None]:
@@ -88,6 +95,37 @@ def sb3_stepper(name: str, args: Args) -> Callable[[int], None]:
     return lambda n: model.learn(n, log_interval=10**9, reset_num_timesteps=False)
 
 
+def population_stepper(script, settings: dict, args: Args, count: int) -> tuple[Callable[[int], None], Population]:
+    """A function that does n steps of `count` agents at once; and the population, to be closed."""
+    settings = {"env_id": args.env_id, "compile": args.compile, "buffer_size": 100_000} | settings
+    members = [script.Args(**settings, seed=1 + i, learning_starts=FILL) for i in range(count)]
+    device = torch.device("cuda" if args.cuda else "cpu")
+    population = Population(script, [script.validate(member) for member in members], device)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            population.begin_step()
+            population.end_step()
+
+    steps(FILL)
+    return steps, population
+
+
+def compare_population(script, args: Args) -> pd.DataFrame:
+    """A line for each number of agents and side; the ratio is taken within each round."""
+    lines = []
+    for count, side in itertools.product(args.population, ("λ=0", "PAVE")):
+        single = stepper(script, SIDES[side], args)
+        steps, population = population_stepper(script, SIDES[side], args, count)
+        with contextlib.closing(population):
+            ways = {"one after another": lambda n: single(n * count), "at once": steps}  # noqa: B023  called here
+            rates = pd.DataFrame(measure(ways, args, f"{script.SCRIPT}, {count} agents"))
+        ratio = (rates["at once"] / rates["one after another"]).median()
+        line = {"side": side, "agents": count} | (count * rates.median()).to_dict()
+        lines.append(line | {"ratio": ratio})
+    return pd.DataFrame(lines)
+
+
 def rate(steps: Callable[[int], None], n: int) -> float:
     """Steps a second over n of them; the Timer waits for a GPU."""
     timer = Timer("steps(n)", globals={"steps": steps, "n": n}, num_threads=torch.get_num_threads())
@@ -117,6 +155,7 @@ def summary(samples: dict[str, list[float]]) -> pd.DataFrame:
 
 def main(args: Args) -> None:
     require(args.rounds > 0 and args.seconds > 0, "--rounds and --seconds must be more than 0")
+    require(all(count > 0 for count in args.population), "--population: numbers of agents, at least 1 each")
     require(not args.sb3 or find_spec("stable_baselines3"), "--sb3 needs: pip install stable-baselines3")
     args.cuda = args.cuda and torch.cuda.is_available()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -126,11 +165,17 @@ def main(args: Args) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     found = {}
     for name, script in SCRIPTS.items():
+        if args.population:
+            found[name] = compare_population(script, args)
+            continue
         sides = {side: stepper(script, settings, args) for side, settings in SIDES.items()}
         if args.sb3:
             sides["SB3"] = sb3_stepper(name.partition("_")[0].upper(), args)
         found[name] = summary(measure(sides, args, name))
-    table = pd.concat(found, names=["script", "side"]).reset_index()
+    if args.population:
+        table = pd.concat(found, names=["script"]).reset_index(level=0)
+    else:
+        table = pd.concat(found, names=["script", "side"]).reset_index()
     print(table.to_markdown(index=False, floatfmt=".4g"))
     table.to_csv(args.output_dir / "throughput.csv", index=False, float_format="%.6g")
     about = machine() | {"threads": torch.get_num_threads(), "command": shlex.join(["python", *sys.argv])}

@@ -10,6 +10,7 @@ import stable_baselines3
 import torch
 
 from benchmarks import common, throughput
+from benchmarks.population import Population
 
 
 def tiny(tmp_path, **changes):
@@ -70,8 +71,37 @@ def test_the_table_and_its_files_are_medians_and_ratios_within_a_round(tmp_path,
     assert "sac_pave_continuous | 64 rows" in capsys.readouterr().out
 
 
+def test_a_population_is_measured_against_as_many_single_runs(tmp_path, monkeypatch):
+    """In agent-steps a second: a turn of n steps does n of each agent, in both ways."""
+    monkeypatch.setattr(throughput, "FILL", 12)
+    monkeypatch.setattr(throughput, "SCRIPTS", {"sac_pave_continuous": common.SCRIPTS["sac_pave_continuous"]})
+    done, single = [], throughput.stepper
+
+    def counting(script, settings, args):
+        steps = single(script, settings, args)
+        return lambda n: done.append(n) or steps(n)
+
+    def two_turns(ways, args, title):
+        for steps in ways.values():
+            steps(2)
+        return {"one after another": [1.0, 4.0, 2.0], "at once": [2.0, 2.0, 2.0]}
+
+    monkeypatch.setattr(throughput, "stepper", counting)
+    monkeypatch.setattr(throughput, "measure", two_turns)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    learn = Population.learn
+    with patch.object(Population, "learn", autospec=True, side_effect=learn) as updates:
+        throughput.main(tiny(tmp_path, population=(3,)))
+    assert done == [6, 6]  # λ=0 and PAVE
+    assert [len(call.args[0].settings) for call in updates.mock_calls] == [3] * 4
+    table = pd.read_csv(tmp_path / "throughput.csv")
+    assert table["side"].tolist() == ["λ=0", "PAVE"] and table["agents"].tolist() == [3, 3]
+    assert table.loc[0, ["one after another", "at once", "ratio"]].tolist() == [6.0, 6.0, 1.0]
+
+
 def test_bad_settings_are_user_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "find_spec", lambda name: None)
-    for changes, words in (({"rounds": 0}, "--rounds and --seconds"), ({"sb3": True}, "pip install stable-baselines3")):
+    bad = [({"rounds": 0}, "--rounds and --seconds"), ({"sb3": True}, "pip install stable-baselines3")]
+    for changes, words in [*bad, ({"population": (0,)}, "numbers of agents")]:
         with pytest.raises(common.UserError, match=words):
             throughput.main(tiny(tmp_path, **changes))
