@@ -122,7 +122,7 @@ def method_of(script: ModuleType, args: dict, origin: dict | None = None) -> str
 
 def critic_method(script: ModuleType, args: dict) -> str:
     """What is done to the critic (or, by CAPS, to the actor): see method_of."""
-    if "caps_temporal" in args:
+    if args.get("caps_temporal") is not None:
         return "caps"
     if args["autotune_curv"]:
         return "auto"

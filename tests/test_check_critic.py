@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from programs import run_program
+from helper_programs import run_program
 from torch import nn
 
 from benchmarks.check_critic import check_critic

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from make_run import BASE, make_run
-from programs import fails
+from helper_programs import fails
+from helper_runs import BASE, make_run
 from torch.autograd.functional import hessian, jacobian
 
 import sac_pave_continuous as sac
@@ -68,6 +68,9 @@ def test_a_method_is_named_by_the_settings(script, settings, method):
     args = script.validate(script.Args(**{"env_id": "Pendulum-v1"} | settings))
     assert common.method_of(script, vars(args)) == method
     assert common.method_of(script, vars(args) | {"caps_temporal": 0.0}) == "caps"
+    assert (
+        common.method_of(script, vars(args) | {"caps_temporal": None}) == method
+    )  # CAPS's source, as its origin tells
 
 
 def of(script, env_id="Pendulum-v1", **settings) -> dict:

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from make_run import BASE, make_run
+from helper_programs import fails, run_program
+from helper_runs import BASE, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from programs import fails, run_program
 
 import sac_pave_continuous as sac
 import td3_pave_continuous as td3

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from programs import fails, run_program
+from helper_programs import fails, run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_agent import needs_cuda
 

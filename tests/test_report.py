@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from make_run import BASE, make_run
-from programs import fails
+from helper_programs import fails
+from helper_runs import BASE, make_run
 
 import td3_pave_continuous as td3
 from benchmarks import report

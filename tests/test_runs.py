@@ -18,7 +18,7 @@ import odd_envs  # its import registers the odd_envs:* ids
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL
-from programs import fails, run_program
+from helper_programs import fails, run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 both_scripts = pytest.mark.parametrize("script", SCRIPTS, indirect=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from make_run import BASE, make_run
-from programs import errors_of
+from helper_programs import errors_of
+from helper_runs import BASE, make_run
 from torch.nn.utils import parameters_to_vector
 
 import sac_pave_continuous as sac

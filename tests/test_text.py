@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, SCRIPTS
-from programs import run_program
+from helper_programs import run_program
 from stable_baselines3 import SAC
 from torch.nn import functional as F
 

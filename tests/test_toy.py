@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from programs import fails, run_program
+from helper_programs import fails, run_program
 
 from benchmarks import toy
 from sac_pave_continuous import pave_losses, rademacher_like
