@@ -58,9 +58,9 @@ def draw(shown, films, dimension: int, steps: int, dpi: float) -> list[np.ndarra
     size = {"figsize": (plot.WIDTH, tall + 1.9), "height_ratios": (tall, 1.2), "dpi": dpi}
     figure, (screens, traces) = plt.subplots(2, len(shown), sharex="row", sharey="row", squeeze=False, **size)
     moving = []
-    for (label, run), played, film, screen, trace in zip(shown, episodes, frames, screens, traces, strict=True):
-        sm = run.script.smoothness(played.env_actions)
-        told = f"return {played.rewards.sum():,.0f}, sm {sm:.2f}, {len(played.rewards):,} steps"
+    for (label, _), played, film, screen, trace in zip(shown, episodes, frames, screens, traces, strict=True):
+        oscillation = np.abs(np.diff(played.env_actions, axis=0)).mean()
+        told = f"return {played.rewards.sum():,.0f}, oscillation {oscillation:.3f}, {len(played.rewards):,} steps"
         screen.set_title(f"{label}\n", fontsize=14, fontweight="bold", color=colours[label])
         screen.text(0.5, 1.02, told, fontsize=12, ha="center", va="bottom", transform=screen.transAxes)
         screen.set_axis_off()
