@@ -297,11 +297,17 @@ def test_measure_counts_what_the_env_can_get():
 def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sb3_results, "FOLDER", tmp_path)
     monkeypatch.setattr(sb3_results, "measure", partial(measure, episodes=1))
-    monkeypatch.setattr(sb3_results, "CANDIDATES", {sb3_results.FITTED: nn.SiLU})
+    monkeypatch.setattr(sb3_results, "CANDIDATES", {"ReLU": nn.ReLU, sb3_results.FITTED: nn.SiLU})
     monkeypatch.setattr(sb3_results, "fit", partial(sb3_results.fit, updates=3))
     settings = {"seed": 101, "output": tmp_path / "sb3.csv"}
-    with pytest.raises(script.UserError, match="run the command `train` first"):
-        sb3_results.main(sb3_results.Args("finish", **settings))
+    for wrong, words in (
+        ({}, "run the command `train` first"),
+        ({"steps": 0}, "--steps must be above 0"),
+        ({"activation": "ReLu"}, "--activation is one of ReLU, .*, not ReLu"),
+        ({"env_id": "CartPole-v1"}, "needs a float Box"),
+    ):
+        with pytest.raises(script.UserError, match=words):
+            sb3_results.main(sb3_results.Args("finish", **settings | wrong))
     sb3_results.main(sb3_results.Args("train", steps=110, **settings))
     sb3_results.main(sb3_results.Args("finish", steps=2, **settings))
     with open(tmp_path / "sb3.csv") as file:

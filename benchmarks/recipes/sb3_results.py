@@ -1,8 +1,8 @@
 """The numbers of results/sb3.csv: a plain Stable-Baselines3 agent trained, and finished without and with PAVE.
 
-    python -m benchmarks.recipes.sb3_results train --env-id Pendulum-v1 --steps 10000 --seed 1
-    python -m benchmarks.recipes.sb3_results finish --env-id Pendulum-v1 --steps 10000 --seed 1
-    python -m benchmarks.recipes.sb3_results exchange --env-id Pendulum-v1 --seed 101  # which smooth activation?
+    python -m benchmarks.recipes.sb3_results train --env-id Pendulum-v1 --steps 10000 --seed 1  # then 2, 3
+    python -m benchmarks.recipes.sb3_results finish --env-id Pendulum-v1 --steps 5000 --seed 1
+    python -m benchmarks.recipes.sb3_results exchange --seed 101  # results/sb3_exchange.csv: which smooth activation?
 
 `train` is SB3 with its defaults and keeps the agent and its replay buffer in runs/sb3/; the others begin from these.
 Each prints its rows as it goes and adds them to the CSV of --output.
@@ -27,7 +27,7 @@ from benchmarks.common import require, user_errors
 from benchmarks.measure import measure
 from benchmarks.recipes.sb3 import PaveSAC, PaveTD3
 from sac_pave_continuous import TUNED_LAMBDAS as SAC_LAMBDAS
-from sac_pave_continuous import UNTUNED_LAMBDAS, env_name
+from sac_pave_continuous import UNTUNED_LAMBDAS, env_name, make_env
 from td3_pave_continuous import TUNED_LAMBDAS as TD3_LAMBDAS
 
 ALGORITHMS = {"sac": (SAC, PaveSAC, SAC_LAMBDAS), "td3": (TD3, PaveTD3, TD3_LAMBDAS)}
@@ -87,16 +87,17 @@ def train(args) -> Iterator[dict]:
 
 
 def finish(args) -> Iterator[dict]:
-    """As many steps more from the same agent: plain SB3 goes on, and with PAVE."""
+    """`steps` more from the same agent: plain SB3 goes on, and with PAVE."""
     plain, pave, lambdas = ALGORITHMS[args.algorithm]
     settings = {"lambdas": lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)}
     settings |= {"critic_activation_fn": CANDIDATES[args.activation]} if args.activation else {}
     arms = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, settings)}
     for agent, (cls, settings) in arms.items():
         if args.arm in agent:
+            name = f"{agent}, {args.activation}" if cls is pave and args.activation else agent
             model = read_plain(cls, args, **settings)
             model.learn(args.steps, reset_num_timesteps=False)
-            yield {"agent": agent + args.activation * (cls is pave)} | measured(model, args.env_id)
+            yield {"agent": name} | measured(model, args.env_id)
 
 
 def exchange(args) -> Iterator[dict]:
@@ -166,6 +167,10 @@ class Args:
 
 
 def main(args: Args) -> None:
+    make_env(args.env_id).close()  # UserError if there is none, or none with continuous actions and vectors observed
+    require(args.steps > 0, f"--steps must be above 0, not {args.steps}")
+    known = args.activation in ("", *CANDIDATES)
+    require(known, f"--activation is one of {', '.join(CANDIDATES)}, not {args.activation}")
     settings = {"env": args.env_id, "algorithm": args.algorithm, "seed": args.seed, "steps": args.steps}
     for row in COMMANDS[args.command](args):
         print(*(settings | row).values(), flush=True)
