@@ -169,8 +169,8 @@ class Args:
 def main(args: Args) -> None:
     make_env(args.env_id).close()  # UserError if there is none, or none with continuous actions and vectors observed
     require(args.steps > 0, f"--steps must be above 0, not {args.steps}")
-    known = args.activation in ("", *CANDIDATES)
-    require(known, f"--activation is one of {', '.join(CANDIDATES)}, not {args.activation}")
+    names = [name for name in CANDIDATES if name != FITTED]
+    require(args.activation in ("", *names), f"--activation is one of {', '.join(names)}, not {args.activation}")
     settings = {"env": args.env_id, "algorithm": args.algorithm, "seed": args.seed, "steps": args.steps}
     for row in COMMANDS[args.command](args):
         print(*(settings | row).values(), flush=True)
