@@ -53,7 +53,7 @@ def add_row(output: Path, row: dict) -> None:
     new = not output.exists()
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
