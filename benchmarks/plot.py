@@ -226,8 +226,8 @@ def effect_figure(dots: pd.DataFrame) -> plt.Figure:
     heads = {"transform": axis.transAxes, "ha": "right", "va": "bottom", "fontsize": 9, "color": "#333333"}
     axis.text(-0.01, 1.0, "env, agent, training steps", **heads)
     heads |= {"transform": axis.get_xaxis_transform()}
-    axis.text(0.98, 1.0, "◀ calmer than plain", **heads)
-    axis.text(1.02, 1.0, "more restless ▶", **heads | {"ha": "left"})
+    axis.text(0.93, 1.0, "◀ calmer than plain", **heads)
+    axis.text(1.08, 1.0, "more restless ▶", **heads | {"ha": "left"})
     used = [method for method in METHODS if method in set(dots["method"])]
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[m], label=LEGEND[m]) for m in used]
     hollow = {"marker": "o", "linestyle": "", "color": "#555555", "markerfacecolor": "none"}
