@@ -92,7 +92,8 @@ def member_name(script, args) -> str:
     """The name of a member's folder: what sets it apart from the others, and all that the lists can change."""
     weights = "-".join(f"{getattr(args, name):.12g}" for name in script.LAMBDAS)
     weights = f"auto-{weights}" if args.autotune_curv else weights
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{args.env_id}__{script.SCRIPT}__{weights}__{args.seed}")
+    env = re.sub(r"[^A-Za-z0-9_.-]", "-", args.env_id)
+    return f"{env}__{script.SCRIPT}__{weights}__{args.seed}"
 
 
 def make_members(args: Args, common) -> dict:

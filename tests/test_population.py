@@ -141,8 +141,9 @@ def test_a_member_leaves_what_the_script_leaves_and_in_it_the_same_training(scri
         torch.testing.assert_close(own[name], expected[name], rtol=1e-2, atol=1e-3)
     own, expected = (json.loads((folder / "summary.json").read_text()) for folder in (member, alone))
     assert own.keys() == expected.keys()
-    assert own["return_mean"] == pytest.approx(expected["return_mean"], rel=1e-3)
-    assert {n for n in own if own[n] != pytest.approx(expected[n], rel=1e-3)} <= {"output_dir", "steps_per_second"}
+    for name in own.keys() - {"output_dir", "steps_per_second"}:
+        is_number = isinstance(own[name], float)
+        assert own[name] == (pytest.approx(expected[name], rel=1e-3, abs=1e-4) if is_number else expected[name]), name
     own, expected = curves_of(member), curves_of(alone)
     assert own.keys() == expected.keys()
     for tag in own.keys() - {"charts/SPS"}:
