@@ -54,8 +54,6 @@ from tqdm import tqdm
 
 from benchmarks.common import SCRIPTS, USER_ERRORS, UserError, read_json, require, user_errors
 
-torch._dynamo.config.automatic_dynamic_shapes = False  # groups of other sizes: each compiled for its own
-
 
 @dataclass
 class Args:
@@ -278,6 +276,7 @@ class Population:
         self.offsets = self.args.buffer_size * torch.arange(count, device=device)[:, None]
         self.actor_takes_noise = "noise" in inspect.signature(script.Agent.actor_loss).parameters
         if self.args.compile:
+            torch._dynamo.config.automatic_dynamic_shapes = False  # a group of another size is compiled for its own
             self.gradients = script.CompiledOrEager(self.gradients)
         self.fast_update = script.CudaGraphUpdate(self.update) if cuda and self.args.cudagraphs else self.update
 
