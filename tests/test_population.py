@@ -246,6 +246,7 @@ def test_an_env_that_fails_loses_its_member_not_the_launch(settings, make_popula
         made.begin_step()
         made.end_step()
     assert made.alive() == [] and "another" in made.lost[0]
+    assert made.envs.get_attr("failed") == (False, True)
     assert "step 44: the env failed" in made.lost[1] and "NaN or infinite observation" in made.lost[1]
 
 
