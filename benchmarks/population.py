@@ -24,8 +24,8 @@ left out, the others go on. Exit code: 1 if a member was lost, 2 for bad input, 
 
 How it works. The members' parameters are stacked, (N, ...) each, and torch.func.vmap maps the gradient of the script's
 own loss over them: one update for all, compiled, and on CUDA replayed as one graph. Adam and Polyak averaging are
-elementwise, so they step stacked tensors as they are. Members whose update is other code form groups: plain ones (all
-lambdas 0), fixed lambdas, --autotune-curv, and those that a kill left at another step. Envs are in worker processes.
+elementwise, so they step stacked tensors as they are. Members whose update is other code form groups: by the lambdas
+that are 0, by --autotune-curv, and those that a kill left at another step. Envs are in worker processes.
 """
 
 import contextlib
@@ -147,9 +147,9 @@ def find_start(script, name: str, args) -> Start | str:
 
 
 def group_of(script, start: Start) -> tuple:
-    """Members with the same have the same update: plain, fixed lambdas or --autotune-curv; and the same step."""
-    plain = not start.args.autotune_curv and not any(getattr(start.args, name) for name in script.LAMBDAS)
-    return plain, start.args.autotune_curv, start.checkpoint["step"] if start.checkpoint else 0
+    """Members with the same have the same update: lambdas that are 0, --autotune-curv, and the step."""
+    used = tuple(getattr(start.args, name) > 0 for name in script.LAMBDAS)
+    return used, start.args.autotune_curv, start.checkpoint["step"] if start.checkpoint else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ the envs
@@ -205,6 +205,10 @@ class MemberEnv(gym.Wrapper):
 # ------------------------------------------------------------------------------------------------------- the update
 
 
+TERMS = ("mpr", "vfc", "curvature")  # of pave_losses, in the order of LAMBDAS
+KINDS = {"critic_loss": "critics", "actor_loss": "actor"}  # loss -> the name of its optimizer
+
+
 def member_class(script):
     """The script's Agent, callable by the name of a method: functional_call, which gives it other weights, calls it."""
 
@@ -220,13 +224,10 @@ def member_class(script):
             return (self.actor(observation) + self.args.exploration_noise * noise).clamp(-1, 1)
 
         def pave_losses(self, *inputs):
-            """The script's; a term that overflows is 0 where its lambda is 0, since 0 times infinity is NaN."""
+            """The script's; a term whose lambda is 0 is measured alone: 0 times a NaN gradient would be NaN."""
             pave = script_pave_losses(*inputs)
-            weights = {"mpr": self.lambda_mpr, "vfc": self.lambda_vfc, "curvature": self.lambda_curv}
-            for name, weight in weights.items():
-                term = getattr(pave, name)
-                pave = pave._replace(**{name: torch.where((weight > 0) | term.isfinite(), term, 0.0)})
-            return pave
+            unused = [term for term, name in zip(TERMS, script.LAMBDAS, strict=True) if getattr(self.args, name) == 0]
+            return pave._replace(**{term: getattr(pave, term).detach() for term in unused})
 
     script_pave_losses = script.pave_losses
     return Member
@@ -235,7 +236,8 @@ def member_class(script):
 class Population:
     """Members with one update for all of them, their replay and their envs. A step is begin_step() and end_step().
 
-    settings: the script's Args of each, which differ in seed and lambdas alone; checkpoints: of the same step.
+    settings: the script's Args of each, which differ in seed and lambdas, but not in which lambdas are 0; checkpoints:
+    of the same step.
     """
 
     def __init__(self, script, settings: list, device: torch.device, checkpoints: list | None = None):
@@ -485,9 +487,6 @@ class Population:
     def close(self) -> None:
         self.envs.close(terminate=True)  # also where a worker died or has not answered
         self.env.close()
-
-
-KINDS = {"critic_loss": "critics", "actor_loss": "actor"}  # loss -> the name of its optimizer
 
 
 # ----------------------------------------------------------------------------------------------------- the run folders

@@ -251,21 +251,22 @@ def test_an_env_that_fails_loses_its_member_not_the_launch(settings, make_popula
 
 
 @pytest.mark.parametrize("script", ["td3_pave_continuous"], indirect=True)
-def test_a_lambda_of_zero_lets_no_overflow_through(script, settings, make_population, monkeypatch):
-    """Its own lambda_mpr is 0 for the first member alone; the term is infinite for both."""
-    pave_losses = script.pave_losses
+def test_a_lambda_of_zero_lets_no_infinite_term_through(script, settings, make_population, monkeypatch):
+    """Where its lambda is 0, a term changes nothing, be it infinite, its gradient too; where it is not, all is lost."""
+    pave_losses, results = script.pave_losses, []
 
-    def overflowing(*inputs):
+    def infinite(*inputs):
         pave = pave_losses(*inputs)
-        return pave._replace(mpr=(1e30 * (pave.gradient + 1e-3)).square().mean())
+        return pave._replace(mpr=torch.inf * pave.mpr)
 
-    monkeypatch.setattr(script, "pave_losses", overflowing)
-    members = settings(2, **KINDS["fixed"])
-    made = filled(make_population([replace(members[0], lambda_mpr=0.0), members[1]]))
-    learn(made, 2)
-    for name, tensor in made.tensors.items():
-        assert tensor[0].isfinite().all()
-        assert tensor[1].isfinite().all() == (not name.startswith(("actor", "critic")))
+    for function, weight in ((pave_losses, 0.0), (infinite, 0.0), (infinite, 1.0)):
+        monkeypatch.setattr(script, "pave_losses", function)
+        members = [replace(args, lambda_mpr=weight) for args in settings(2, **KINDS["fixed"])]
+        made = filled(make_population(members))
+        learn(made, 2)
+        results.append(made.tensors)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert results[2]["critics.0.net.0.weight"].isnan().all()
 
 
 @pytest.mark.parametrize("script", ["sac_pave_continuous"], indirect=True)
@@ -325,7 +326,7 @@ def test_the_three_kinds_train_in_one_launch(tmp_path, capsys):
     lists = ["--seeds", 101, 102, "--members", members]
     run_program(MODULE, "sac_pave_continuous", *flags(tmp_path, *lists, **changes))
     output = capsys.readouterr().out
-    assert "2 + 3 + 2 members" in output and "7 of 7 members are finished" in output
+    assert "2 + 2 + 1 + 2 members" in output and "7 of 7 members are finished" in output
     runs = [common.load_run(path.parent) for path in (tmp_path / "population").rglob("summary.json")]
     assert sorted((run.method, run.args.seed) for run in runs) == sorted(
         [(method, seed) for method in ("base", "ablation-001", "auto") for seed in (101, 102)] + [("pave", 102)]
