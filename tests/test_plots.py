@@ -212,7 +212,7 @@ def test_the_trace_below_is_that_of_the_steps_so_far(video, runs, monkeypatch):
     assert shown == [[0, 150], [50, 200], [100, 200], [150, 200], [200, 200]]  # one that ended stays
     so_far = [(1, 1), (3, 3), (5, 3), (7, 3), (9, 3)]
     assert traced == [[ramp[:base, 0].tolist(), ramp[:pave, 0].tolist()] for base, pave in so_far]
-    assert captions == {f"return 11, sm {sac.smoothness(ramp):.2f}, 11 steps"}  # of the whole episode
+    assert captions == {f"return 11, oscillation {np.diff(ramp, axis=0).mean():.3f}, 11 steps"}  # of the whole episode
 
 
 def test_video_bad_settings(video, runs, tmp_path, monkeypatch):

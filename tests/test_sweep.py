@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -130,13 +131,21 @@ def test_grid(tmp_path):
 
 
 def test_every_reported_run_is_one_of_results_toml():
-    """With the same settings: who trains that grid gets these runs."""
+    """With the same settings: who trains that grid gets these runs; warm starts are in finish.toml."""
 
     def training(cell_settings, script):
         return {name: value for name, value in cell_settings.items() if name not in script.FREE_SETTINGS}
 
     grid = [training(cell.settings, cell.script) for cell in cells(grid=ROOT / "benchmarks/results.toml").values()]
+    finishes = tomllib.loads((ROOT / "benchmarks/finish.toml").read_text())["grid"]
     for row in csv.DictReader((ROOT / "benchmarks/results/report/runs.csv").open(newline="")):
+        if row["origin"]:  # a warm start: its settings are its source's, but for these
+            assert "--warm-start" in row["command"]
+            steps, method = int(row["steps"]), row["method"].rpartition("-then-")[2]
+            finish = {"scripts": [row["algorithm"]], "envs": [row["env_id"]], "steps": steps}
+            tables = [table for table in finishes if finish.items() <= table.items()]
+            assert any(method in table["methods"] and int(row["seed"]) in table["seeds"] for table in tables)
+            continue
         command = re.sub("benchmarks.(scaled|sparse)_rewards:", "benchmarks.envs:", row["command"])  # as they once were
         flags = shlex.split(command.partition("_pave_continuous")[2].removeprefix(".py"))
         settings = sweep.settings_given(row["algorithm"], row["method"], flags)
