@@ -2,7 +2,6 @@
 
 import csv
 import inspect
-import itertools
 import subprocess
 import sys
 from functools import partial
@@ -273,25 +272,6 @@ def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):
     env = gym.wrappers.TransformObservation(gym.make("Pendulum-v1"), lambda _: image.sample(), image)
     with pytest.raises(ValueError, match="vector observations"):
         sb3.PaveSAC("CnnPolicy", env, device="cpu", buffer_size=100)
-
-
-def test_measure_is_evaluate_for_any_policy():
-    torch.manual_seed(0)
-    env = gym.make("Pendulum-v1")
-    actor = script.Actor(3, 1)
-    theirs = script.evaluate(actor, script.make_env("Pendulum-v1"), 2)
-
-    def policy(observation):
-        return 2 * actor(torch.as_tensor(observation)[None])[0].detach().numpy()
-
-    ours = measure(policy, env, 2)
-    expected = [theirs[name] for name in ("return_mean", "smoothness_mean", "oscillation", "length_mean")]
-    np.testing.assert_allclose(list(ours.values()), expected, rtol=1e-5)
-
-
-def test_measure_counts_what_the_env_can_get():
-    signs = itertools.cycle([3.0, -3.0])  # Pendulum's limits are -2 and 2
-    assert measure(lambda _: np.array([next(signs)]), gym.make("Pendulum-v1"), 1)["oscillation"] == pytest.approx(4)
 
 
 def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
