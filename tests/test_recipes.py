@@ -292,6 +292,7 @@ def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
     sb3_results.main(sb3_results.Args("finish", steps=2, **settings))
     with open(tmp_path / "sb3.csv") as file:
         agents = [row["agent"] for row in csv.DictReader(file)]
-    assert agents == ["plain, sampled", "plain", "finished without PAVE", "finished with PAVE"]
+    finished = ["finished without PAVE", "finished with PAVE", "finished untuned"]
+    assert agents == ["plain, sampled", "plain", "plain, filtered", *finished]
     sb3_results.main(sb3_results.Args("exchange", seed=101, output=tmp_path / "exchange.csv"))
     assert "SiLU, fitted" in (tmp_path / "exchange.csv").read_text()

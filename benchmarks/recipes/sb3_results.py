@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import require, user_errors
-from benchmarks.measure import measure
+from benchmarks.envs import FILTER_BETA
+from benchmarks.measure import LowPass, measure
 from benchmarks.recipes.sb3 import PaveSAC, PaveTD3
 from sac_pave_continuous import TUNED_LAMBDAS as SAC_LAMBDAS
 from sac_pave_continuous import UNTUNED_LAMBDAS, env_name, make_env
@@ -59,10 +60,11 @@ def add_row(output: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def measured(model, env_id: str, deterministic: bool = True) -> dict:
-    """measure() of the model's predict, rounded for the CSV."""
+def measured(model, env_id: str, deterministic: bool = True, beta: float = 0) -> dict:
+    """measure() of the model's predict, with a low-pass filter behind it where beta is above 0; rounded for the CSV."""
     torch.manual_seed(0)  # of the sampled actions
-    metrics = measure(lambda observation: model.predict(observation, deterministic=deterministic)[0], gym.make(env_id))
+    policy = LowPass(lambda observation: model.predict(observation, deterministic=deterministic)[0], beta)
+    metrics = measure(policy, gym.make(env_id))
     return {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
 
@@ -76,7 +78,7 @@ def read_plain(cls, args, **settings):
 
 
 def train(args) -> Iterator[dict]:
-    """Plain SB3 with its defaults: the agent that a user has. Actions of predict as it samples them, and its means."""
+    """Plain SB3 with its defaults, the agent that a user has: its sampled actions, its means, and these filtered."""
     plain, _, _ = ALGORITHMS[args.algorithm]
     model = plain("MlpPolicy", gym.make(args.env_id), seed=args.seed, device="cpu").learn(args.steps)
     path = stem(args.algorithm, args.env_id, args.seed)
@@ -84,14 +86,17 @@ def train(args) -> Iterator[dict]:
     model.save_replay_buffer(path.with_suffix(".pkl"))
     yield {"agent": "plain, sampled"} | measured(model, args.env_id, deterministic=False)
     yield {"agent": "plain"} | measured(model, args.env_id)
+    yield {"agent": "plain, filtered"} | measured(model, args.env_id, beta=FILTER_BETA)
 
 
 def finish(args) -> Iterator[dict]:
-    """`steps` more from the same agent: plain SB3 goes on, and with PAVE."""
+    """`steps` more from the same agent: plain SB3 goes on, and with PAVE, tuned (if the env is) and untuned."""
     plain, pave, lambdas = ALGORITHMS[args.algorithm]
-    settings = {"lambdas": lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)}
-    settings |= {"critic_activation_fn": CANDIDATES[args.activation]} if args.activation else {}
-    arms = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, settings)}
+    settings = {"critic_activation_fn": CANDIDATES[args.activation]} if args.activation else {}
+    tuned = lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)
+    arms = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, settings | {"lambdas": tuned})}
+    if tuned != UNTUNED_LAMBDAS:
+        arms["finished untuned"] = pave, settings | {"lambdas": UNTUNED_LAMBDAS}
     for agent, (cls, settings) in arms.items():
         if args.arm in agent:
             name = f"{agent}, {args.activation}" if cls is pave and args.activation else agent
