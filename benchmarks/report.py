@@ -36,6 +36,9 @@ RESULTS = {  # heading: column of runs.csv
     "return": "return_mean", "oscillation": "oscillation", "sm": "smoothness_mean", "episode length": "length_mean",
 }  # fmt: skip
 LOWER = {"P(calmer)": "oscillation", "P(smoother)": "smoothness_mean"}
+RIVALS = {  # with what, besides base, a method is compared where there are seeds enough
+    "pave": ("filter", "penalty", "caps"), "auto": ("filter", "penalty", "caps"), "filter+pave": ("filter", "penalty"),
+}  # fmt: skip
 CRITIC = {
     "M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation",
     "return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1",
@@ -293,6 +296,11 @@ def p_lower(x: np.ndarray, y: np.ndarray) -> float:
     return ((x[:, None] < y) + 0.5 * (x[:, None] == y)).mean()
 
 
+def difference(x: np.ndarray, y: np.ndarray) -> float:
+    """How far the centre of x is above that of y."""
+    return centre(x) - centre(y)
+
+
 def number(value: float) -> str:
     """4 digits, at most 3 decimals; powers of ten for what is tiny or huge."""
     if value and not 0.001 <= abs(value) < 1e5:
@@ -363,6 +371,38 @@ def tables(rows: pd.DataFrame) -> str:
             results.append(cells)
             critics.append(name | {heading: told(centre, seeds[measure]) for heading, measure in CRITIC.items()})
     return f"{markdown(results)}\n\n{markdown(critics)}"
+
+
+def enough_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs of the lines that have an interval; rows: of one env and number of steps."""
+    done = rows[rows["missing"].isna()]
+    return done[done.groupby(["algorithm", "line"])["seed"].transform("size") >= ENOUGH]
+
+
+def rivals_table(rows: pd.DataFrame) -> str:
+    """What PAVE gives over a rival, and on top of one; "" where too few seeds are there for an interval."""
+    lines = []
+    for algorithm, runs in enough_seeds(rows).groupby("algorithm"):
+        for (method, line), ours in runs.groupby(["method", "line"], sort=False):
+            rivals = runs[runs["method"].isin(RIVALS.get(method, ()))]
+            for other, theirs in rivals.groupby("line", sort=False):
+                cells = {"": f"{algorithm.upper()} {line} over {other}"}
+                for heading, measure in (LOWER | {"P(smoother), k = 0.1": "smoothness_mean@0.1"}).items():
+                    cells[heading] = told(p_lower, ours[measure], theirs[measure], form="{:.2f}".format)
+                for heading, measure in {"return": "return_mean", "return, k = 0.1": "return_mean@0.1"}.items():
+                    cells[f"{heading}: difference"] = told(difference, ours[measure], theirs[measure])
+                lines.append(cells)
+    return markdown(lines) if lines else ""
+
+
+def seeds_table(rows: pd.DataFrame) -> str:
+    """Each seed's oscillation and return, for the lines that the table above shows as an interval; else ""."""
+    lines = []
+    for (algorithm, line), seeds in enough_seeds(rows).groupby(["algorithm", "line"], sort=False):
+        for heading in ("oscillation", "return"):
+            values = seeds.sort_values("seed").set_index("seed")[RESULTS[heading]]
+            lines.append({"seed": f"{algorithm.upper()} {line}, {heading}"} | values.map(number).to_dict())
+    return markdown(lines) if lines else ""
 
 
 def same_settings_twice(rows: pd.DataFrame) -> str:
@@ -513,6 +553,10 @@ def section(rows: pd.DataFrame, folder: Path) -> list[str]:
         parts.append("The observation noise differs between runs here (`noise_reference`): **don't compare it**.")
     parts.append(same_settings_twice(done))
     parts.append(tables(rows))
+    if rivals := rivals_table(rows):
+        parts += ["PAVE beside its rivals, with 95 % bootstrap intervals; a P is of the first being lower:", rivals]
+    if seeds := seeds_table(rows):
+        parts += ["The seeds:", seeds]
     for kind, figure in figures(done, title).items():
         name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
         plot.save(figure, folder / name)

@@ -104,6 +104,26 @@ def test_tables_show_every_seed_and_warn_where_sm_is_not_comparable(tmp_path, dr
     assert "isn't comparable here" not in make(tmp_path, [row(), row("pave", length_mean=192.0)])
 
 
+def test_ten_seeds_are_compared_with_the_rivals_and_shown_one_by_one(tmp_path):
+    def rows(method, first, count=10, **more):
+        return [row(method, seed, 0.5, oscillation=first + seed / 1000, **more) for seed in range(1, count + 1)]
+
+    few = [*rows("base", 0.3), *rows("pave", 0.1), *rows("filter", 0.2, count=9)]
+    text = make(tmp_path, few)
+    assert "PAVE beside its rivals" not in text  # nine of the filter are too few
+    seeds = table(text, " 10 ")
+    assert [*seeds] == [f"TD3 {method}, {what}" for method in ("base", "pave") for what in ("oscillation", "return")]
+    assert seeds["TD3 pave, oscillation"]["10"] == "0.110" and seeds["TD3 pave, return"]["1"] == "-100.0"
+    text = make(tmp_path, [*few, *rows("filter", 0.2), *rows("filter+pave", 0.2085, return_mean=-90.0)])
+    over = table(text, "return: difference")
+    assert [*over] == ["TD3 pave over filter", "TD3 filter+pave over filter"]
+    assert over["TD3 pave over filter"]["P(calmer)"] == "1.00 [1.00, 1.00]"
+    assert over["TD3 pave over filter"]["return: difference"] == "0.000 [0.000, 0.000]"
+    on_top = over["TD3 filter+pave over filter"]
+    assert on_top["P(calmer)"].startswith("0.01 [") and on_top["return: difference"] == "10.00 [10.00, 10.00]"
+    assert "The seeds" not in make(tmp_path, few[:9])
+
+
 def test_different_settings_are_never_averaged_silently(tmp_path):
     rows = [row(seed=s, command=f"x.py --gamma 0.9 --seed {s} --output-dir '/a b/{s}'") for s in (1, 2)]
     assert "differently\n\nNone." in make(tmp_path, rows)
