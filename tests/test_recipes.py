@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.logger import configure
 from torch import nn
 from torch.nn import functional as F
 
@@ -211,7 +212,7 @@ def test_plain_sb3_loads_a_finished_zip_with_the_same_actions_and_q_values_witho
     s, a, *_ = batch
     for name, (plain_sb3, pave_sb3) in SB3.items():
         path = plain_zip(plain_sb3)
-        model = load_sb3(pave_sb3, path)
+        model = load_sb3(pave_sb3, path, lambdas={"sac": "auto", "td3": LAMBDAS}[name])
         model.load_replay_buffer(path.with_suffix(".pkl"))
         model.learn(3, reset_num_timesteps=False)
         assert not torch.equal(weights(model.policy), weights(plain_sb3.load(path, device="cpu").policy))
@@ -257,13 +258,49 @@ def test_the_marked_part_of_sb3_runs_below_the_pave_block_with_its_imports_alone
         assert not torch.equal(weights(model.policy), weights(load_sb3(pave_sb3, path).policy))
 
 
+@both_algorithms
+def test_sb3_auto_is_the_scripts_autotuner_and_goes_on_from_its_zip(plain_sb3, pave_sb3, plain_zip, tmp_path):
+    path = plain_zip(plain_sb3)
+    model = load_sb3(pave_sb3, path, lambdas="auto")
+    model.load_replay_buffer(path.with_suffix(".pkl"))
+    model.lambda_curv.fill_(0.5)
+    model.gradient_scale.fill_(3.0)
+    s, a, next_s = torch.randn(16, 3), 2 * torch.rand(16, 1) - 1, torch.randn(16, 3)
+    twins = [lambda s, a, i=i: model.critic(s, a)[i].squeeze(1) for i in range(2)]
+    torch.manual_seed(1)
+    noise, probe = 0.01 * torch.randn_like(s), script.rademacher_like(a)
+    losses = [script.pave_losses(q, s, a, next_s, noise, probe, 1.5) for q in twins]  # the margin is 1/2 * 1 * 3
+    loss = sum(0.1 * pave.mpr + 0.0005 * pave.vfc + 0.5 * 3 * pave.curvature for pave in losses)
+    expected = gradients(loss, model.critic.parameters())
+    metrics = [script.pave_metrics(pave, 0.5, 1.5) for pave in losses]
+    names = ("geometry/margin_fraction", "geometry/action_gradient")
+    metrics = {name: (metrics[0][name] + metrics[1][name]).detach() / 2 for name in names}
+    lambda_curv, gradient_scale = torch.tensor(0.5), torch.tensor(3.0)
+    script.CurvAutotuner(0.95, 1).step(lambda_curv, gradient_scale, metrics)
+
+    for parameter in model.critic.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.manual_seed(1)
+    model.set_logger(configure(None, []))
+    model.add_pave_gradients(s, a, next_s)
+    torch.testing.assert_close([p.grad for p in model.critic.parameters()], list(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((model.lambda_curv, model.gradient_scale), (lambda_curv, gradient_scale))
+    model.save(tmp_path / "auto.zip")
+    again = pave_sb3.load(tmp_path / "auto.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    assert again.lambdas == "auto" and (again.lambda_curv, again.gradient_scale) == (lambda_curv, gradient_scale)
+    again.load_replay_buffer(path.with_suffix(".pkl"))
+    again.learn(2, reset_num_timesteps=False)
+    assert again.gradient_scale != gradient_scale
+
+
 def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):
     path = plain_zip(TD3)
     with pytest.raises(ValueError, match="PaveSAC needs a SACPolicy"):
         load_sb3(sb3.PaveSAC, path)
     for settings, words in (
-        ({"lambdas": (1.0, 1.0)}, "none may be negative"),
-        ({"lambdas": (1.0, -1.0, 0.0)}, "none may be negative"),
+        ({"lambdas": (1.0, 1.0)}, "none negative"),
+        ({"lambdas": (1.0, -1.0, 0.0)}, "none negative"),
+        ({"lambdas": "Auto"}, "not Auto"),
         ({"n_steps": 3}, "n_steps=1, not 3"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -292,7 +329,7 @@ def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
     sb3_results.main(sb3_results.Args("finish", steps=2, **settings))
     with open(tmp_path / "sb3.csv") as file:
         agents = [row["agent"] for row in csv.DictReader(file)]
-    finished = ["finished without PAVE", "finished with PAVE", "finished untuned"]
+    finished = ["finished without PAVE", "finished with PAVE", "finished untuned", "finished auto"]
     assert agents == ["plain, sampled", "plain", "plain, filtered", *finished]
     sb3_results.main(sb3_results.Args("exchange", seed=101, output=tmp_path / "exchange.csv"))
     assert "SiLU, fitted" in (tmp_path / "exchange.csv").read_text()

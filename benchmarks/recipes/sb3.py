@@ -5,8 +5,9 @@
     model.learn(10_000, reset_num_timesteps=False)  # 10,000 steps more
     model.save("smooth.zip")  # plain SAC.load("smooth.zip") reads it, without this file
 
-learn(), save(), load(), callbacks and loggers stay SB3's. Copy what is marked below the PAVE block; actions need
-nothing, since SB3 replays them in [-1, 1]. Tested with stable-baselines3 2.9. From scratch on Pendulum-v1:
+learn(), save(), load(), callbacks and loggers stay SB3's. Copy what is marked below the PAVE block, and for
+lambdas="auto" the class CurvAutotuner as well; actions need nothing, since SB3 replays them in [-1, 1]. Tested with
+stable-baselines3 2.9. From scratch on Pendulum-v1:
 
     python -m benchmarks.recipes.sb3    # --lambdas 0 0 0: SB3's own SAC, with SiLU
 """
@@ -20,7 +21,7 @@ import tyro
 from stable_baselines3 import SAC, TD3
 from torch import nn
 
-from sac_pave_continuous import evaluate, make_env, pave_losses, rademacher_like
+from sac_pave_continuous import CurvAutotuner, evaluate, make_env, pave_losses, rademacher_like
 
 LAMBDAS = 0.1, 0.005, 0.5  # MPR, VFC, Curv: the paper's for SAC on Pendulum; elsewhere start from 0.1, 0.1, 0.01
 
@@ -30,16 +31,23 @@ SMOOTH_RELU = partial(nn.Softplus, beta=10)
 
 
 @torch.compile  # optional: faster after a minute; it goes on the loss, not on the critic
-def critic_terms(critic, s, a, next_s, noise, probe, delta):
-    """MPR, VFC and Curv, each the sum over SB3's critics."""
+def critic_terms(critic, s, a, next_s, noise, probe, margin):
+    """MPR, VFC and Curv, each the sum over SB3's critics; and what auto needs, means over the critics:
+
+    the share of the samples that meet Curv's margin, and the root mean square of grad_a Q.
+    """
 
     def one(net):
         def q(s, a):
             return net(torch.cat([critic.extract_features(s, critic.features_extractor), a], dim=1)).squeeze(1)
 
-        return torch.stack(pave_losses(q, s, a, next_s, noise, probe, delta)[:3])
+        pave = pave_losses(q, s, a, next_s, noise, probe, margin)
+        margin_fraction = (pave.vhv < -margin).float().mean()
+        gradient_size = pave.gradient.square().mean().sqrt()
+        return torch.stack([pave.mpr, pave.vfc, pave.curvature]), torch.stack([margin_fraction, gradient_size])
 
-    return sum(one(net) for net in critic.q_networks)
+    terms, measured = zip(*[one(net) for net in critic.q_networks], strict=True)
+    return sum(terms), (sum(measured) / len(measured)).detach()
 
 
 def with_smooth_critics(policy_class, activation_fn):
@@ -65,7 +73,7 @@ class Pave:
     def __init__(
         self,
         *args,
-        lambdas=(0.1, 0.1, 0.01),  # of MPR, VFC and Curv; three zeros: SB3's own algorithm
+        lambdas=(0.1, 0.1, 0.01),  # of MPR, VFC and Curv; "auto" finds the third; three zeros: SB3's own algorithm
         sigma=0.01,  # of MPR's noise, in the units of the observations that the critic gets
         delta=1.0,  # margin of Curv
         critic_activation_fn=SMOOTH_RELU,  # takes ReLU's place in the critics, since that has no curvature
@@ -88,6 +96,11 @@ class Pave:
         if isinstance(activation, (nn.ReLU, nn.LeakyReLU)) and not finished:
             self.policy_class = with_smooth_critics(self.policy_class, self.critic_activation_fn)
         super()._setup_model()
+        if self.lambdas == "auto":
+            self.curv_autotuner = CurvAutotuner(target_concavity=0.95, action_dim=self.action_space.shape[0])
+            if not hasattr(self, "gradient_scale"):  # a .zip that was saved from here has both numbers
+                self.lambda_curv = torch.tensor(0.01, device=self.device)
+                self.gradient_scale = torch.tensor(0.0, device=self.device)
         self.was_trained = self.num_timesteps > 0
         batch = {}  # SB3's train() calls critic_target(s', .), then critic(s, a), then the critic's optimizer
         self.critic_target.register_forward_pre_hook(lambda _, inputs: batch.update(next_s=inputs[0]))
@@ -103,8 +116,12 @@ class Pave:
             raise ValueError(f"PAVE needs vector observations, not {self.observation_space}")
         if getattr(self, "n_steps", 1) != 1:
             raise ValueError(f"PAVE needs n_steps=1, not {self.n_steps}: its VFC takes the next observation")
-        if len(self.lambdas) != 3 or min(self.lambdas) < 0:
-            raise ValueError(f"lambdas are the weights of MPR, VFC and Curv, not {self.lambdas}: none may be negative")
+        if self.lambdas != "auto" and (len(self.lambdas) != 3 or min(self.lambdas) < 0):
+            told = 'are the weights of MPR, VFC and Curv, none negative, or "auto"'
+            raise ValueError(f"lambdas {told}, not {self.lambdas}")
+
+    def _excluded_save_params(self):  # so that plain SB3 reads the .zip without this file
+        return [*super()._excluded_save_params(), "curv_autotuner"]
 
     def train(self, gradient_steps, batch_size=64):
         # A loaded agent is past learning_starts: without its replay buffer SB3 would train it on the first transition
@@ -119,10 +136,18 @@ class Pave:
         """To the TD gradients, which SB3 has just computed on the same batch."""
         s, a, next_s = (rows[: self.pave_batch_size] for rows in (s, a, next_s))
         noise, probe = self.sigma * torch.randn_like(s), rademacher_like(a)
-        terms = critic_terms(self.critic, s, a, next_s, noise, probe, self.delta)
-        (terms @ terms.new_tensor(self.lambdas)).backward()
-        for name, term in zip(("mpr", "vfc", "curvature"), terms.tolist(), strict=True):
-            self.logger.record_mean(f"train/{name}", term)
+        auto, margin = self.lambdas == "auto", self.delta
+        lambda_mpr, lambda_vfc, lambda_curv = (0.1, 0.0005, self.lambda_curv) if auto else self.lambdas
+        if auto:  # Curv's weight and margin are in units of the action gradient
+            lambda_curv, margin = self.curv_autotuner.scaled(lambda_curv, margin, self.gradient_scale)
+        terms, (margin_fraction, gradient_size) = critic_terms(self.critic, s, a, next_s, noise, probe, margin)
+        mpr, vfc, curvature = terms
+        (lambda_mpr * mpr + lambda_vfc * vfc + lambda_curv * curvature).backward()
+        if auto:
+            metrics = {"geometry/margin_fraction": margin_fraction, "geometry/action_gradient": gradient_size}
+            self.curv_autotuner.step(self.lambda_curv, self.gradient_scale, metrics)
+        for name, value in {"mpr": mpr, "vfc": vfc, "curvature": curvature, "margin_fraction": margin_fraction}.items():
+            self.logger.record_mean(f"train/{name}", value.item())
 
 
 class PaveSAC(Pave, SAC):

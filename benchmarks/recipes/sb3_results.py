@@ -90,13 +90,14 @@ def train(args) -> Iterator[dict]:
 
 
 def finish(args) -> Iterator[dict]:
-    """`steps` more from the same agent: plain SB3 goes on, and with PAVE, tuned (if the env is) and untuned."""
+    """`steps` more from the same agent: plain SB3 goes on, and with PAVE: tuned (if the env is), untuned, auto."""
     plain, pave, lambdas = ALGORITHMS[args.algorithm]
     settings = {"critic_activation_fn": CANDIDATES[args.activation]} if args.activation else {}
     tuned = lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)
     arms = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, settings | {"lambdas": tuned})}
     if tuned != UNTUNED_LAMBDAS:
         arms["finished untuned"] = pave, settings | {"lambdas": UNTUNED_LAMBDAS}
+    arms["finished auto"] = pave, settings | {"lambdas": "auto"}
     for agent, (cls, settings) in arms.items():
         if args.arm in agent:
             name = f"{agent}, {args.activation}" if cls is pave and args.activation else agent
