@@ -230,9 +230,9 @@ def test_the_finish_of_a_stable_baselines3_agent_runs_and_plain_sb3_loads_it(tmp
     plain.save("plain.zip")
     plain.save_replay_buffer("plain_buffer.pkl")
     finish = code("Your trained agent")
-    assert finish.count("3_000") == 1
+    assert finish.count("5_000") == 1
     with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="no update before"):
-        exec(finish.replace("3_000", "5"), names := {})
+        exec(finish.replace("5_000", "5"), names := {})
     exec(code("Your trained agent", 1), names)
     observation = torch.zeros(3).numpy()
     actions = [model.predict(observation, deterministic=True)[0] for model in (names["model"], SAC.load("smooth.zip"))]
