@@ -16,13 +16,14 @@ import torch
 import tyro
 
 from benchmarks.common import Run, evaluation_env, load_run, require, user_errors
-from sac_pave_continuous import EVALUATION_SEED, seed_episode, smoothness
+from sac_pave_continuous import EVALUATION_SEED, seed_episode, separate_random_streams, smoothness
 
 
 class LowPass:
     """A policy with a first-order low-pass filter behind it: sent_t = beta sent_t-1 + (1 - beta) action_t.
 
     The first action of an episode is sent as it is. The policy doesn't know of the filter: it was trained without.
+    (The rival `filter` of envs.py is in the training, too, and begins at the middle of the action's range.)
     """
 
     def __init__(self, policy, beta: float):
@@ -34,19 +35,20 @@ class LowPass:
             self.policy.reset()
 
     def __call__(self, observation) -> np.ndarray:
-        action = self.policy(observation)
+        action = np.array(self.policy(observation))  # a copy: a policy may use one array for all its actions
         self.sent = action if self.sent is None else self.beta * self.sent + (1 - self.beta) * action
         return self.sent
 
 
+@separate_random_streams()  # so that a training which calls this draws on as without
 def measure(policy, env: gym.Env, episodes: int = 10) -> dict[str, float]:
     """Means over episodes, whose starts are those of the scripts' evaluations.
 
     policy: observation -> action, in the env's own units, as `env.step` takes it; its reset(), if it has one, begins
         an episode
     Returns "return"; "sm" (smoothness of the scripts, lower is smoother; it grows with the episode's length);
-    "oscillation", mean |a_t+1 - a_t| over steps and action dimensions; "length". Actions count
-    as clipped to the env's bounds, since no robot gets more.
+    "oscillation", mean |a_t+1 - a_t| over steps and action dimensions; "length". An action is what the robot gets: that
+    which a wrapper sends (its attribute `sent_action`, of a filter, say), and clipped to the env's bounds.
     """
     totals = []
     for episode in range(episodes):
@@ -59,6 +61,8 @@ def measure(policy, env: gym.Env, episodes: int = 10) -> dict[str, float]:
             observation, reward, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
             rewards.append(reward)
+            if env.has_wrapper_attr("sent_action"):
+                action = env.get_wrapper_attr("sent_action")
             actions.append(np.ravel(np.clip(action, env.action_space.low, env.action_space.high)))
         oscillation = np.abs(np.diff(actions, axis=0)).mean() if len(actions) > 1 else 0.0
         totals.append((sum(rewards), smoothness(np.array(actions)), oscillation, len(rewards)))
@@ -67,7 +71,7 @@ def measure(policy, env: gym.Env, episodes: int = 10) -> dict[str, float]:
 
 
 def measure_run(run: Run, beta: float, episodes: int) -> dict[str, float]:
-    """`measure` of a run's deterministic policy with a LowPass behind it; a beta of 0 is no filter."""
+    """`measure` of a run's deterministic policy with a LowPass behind it; a beta of 0 adds no filter."""
     with evaluation_env(run) as env:  # as the agent sees it: flat observations, actions in [-1, 1]
 
         def policy(observation):
@@ -79,7 +83,7 @@ def measure_run(run: Run, beta: float, episodes: int) -> dict[str, float]:
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders of either script
-    filter: tuple[float, ...] = (0.0,)  # beta, the share of its last output that the filter keeps; 0: no filter
+    filter: tuple[float, ...] = (0.0,)  # beta, the share of its last output that the added filter keeps; 0: none
     episodes: int = 10
     csv: Path | None = None  # also write the table into this CSV
 
@@ -87,7 +91,8 @@ class Args:
 def main(args: Args) -> None:
     require(len(args.runs) > 0, "give at least one run folder")
     require(args.episodes > 0, f"--episodes is {args.episodes}; it must be at least 1")
-    require(all(0 <= beta < 1 for beta in args.filter), f"--filter is {args.filter}; each must be from 0 to below 1")
+    possible = len(args.filter) > 0 and all(0 <= beta < 1 for beta in args.filter)
+    require(possible, f"--filter is {args.filter}; each must be from 0 to below 1")
     rows = []
     for run in [load_run(path, need_critic=False) for path in args.runs]:
         about = {"env_id": run.args.env_id, "algorithm": run.algorithm, "method": run.method, "seed": run.args.seed}

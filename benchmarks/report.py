@@ -36,9 +36,9 @@ RESULTS = {  # heading: column of runs.csv
     "return": "return_mean", "oscillation": "oscillation", "sm": "smoothness_mean", "episode length": "length_mean",
 }  # fmt: skip
 LOWER = {"P(calmer)": "oscillation", "P(smoother)": "smoothness_mean"}
-RIVALS = {  # with what, besides base, a method is compared where there are seeds enough
-    "pave": ("filter", "penalty", "caps"), "auto": ("filter", "penalty", "caps"), "filter+pave": ("filter", "penalty"),
-}  # fmt: skip
+# With what, besides base, a method is compared where there are seeds enough
+RIVALS = dict.fromkeys(("pave", "untuned", "own", "auto"), ("filter", "penalty", "caps"))
+RIVALS["filter+pave"] = ("filter", "penalty")
 CRITIC = {
     "M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation",
     "return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1",
@@ -84,6 +84,9 @@ EFFECT = """A row is a task: env, agent, steps. A dot is a seed: its oscillation
 that plain's own dots show how much seeds differ anyway. Left of the line at 1 the action is calmer. A hollow dot
 learned less: its return is below plain's median by more than a tenth of what plain gained over a random policy (where
 random's return was not measured, none is hollow). The numbers are in the tables below."""
+
+RIVALRY = """PAVE beside its rivals. P: the share of the pairs of seeds in which the first has the lower value (where
+all pairs agree, without an interval). A difference above 0: the first has the higher return. Intervals as above."""
 
 SUMMARY = """Oscillation and sm over base's, env by env: median of the method's seeds over median of base's; below 1 is
 calmer, or smoother. In brackets: over all pairs of a seed of the method and one of base, so that base's column shows
@@ -296,9 +299,9 @@ def p_lower(x: np.ndarray, y: np.ndarray) -> float:
     return ((x[:, None] < y) + 0.5 * (x[:, None] == y)).mean()
 
 
-def difference(x: np.ndarray, y: np.ndarray) -> float:
+def difference(x, y, axis: int = -1):
     """How far the centre of x is above that of y."""
-    return centre(x) - centre(y)
+    return centre(x, axis) - centre(y, axis)
 
 
 def number(value: float) -> str:
@@ -316,7 +319,7 @@ def told(statistic, *groups: pd.Series, form=number) -> str:
     spread = ""
     if min(map(len, groups)) >= ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
         low, high = stats.bootstrap(groups, statistic, method="percentile", rng=0).confidence_interval  # base, too
-        spread = f" [{form(low)}, {form(high)}]"
+        spread = f" [{form(low)}, {form(high)}]" if low < high else ""  # where all pairs agree the bootstrap is blind
     elif len(groups) == 1 and np.ptp(groups[0]):
         spread = f" ({form(groups[0].min())} to {form(groups[0].max())})"
     return form(statistic(*groups)) + spread
@@ -384,9 +387,11 @@ def rivals_table(rows: pd.DataFrame) -> str:
     lines = []
     for algorithm, runs in enough_seeds(rows).groupby("algorithm"):
         for (method, line), ours in runs.groupby(["method", "line"], sort=False):
-            rivals = runs[runs["method"].isin(RIVALS.get(method, ()))]
-            for other, theirs in rivals.groupby("line", sort=False):
-                cells = {"": f"{algorithm.upper()} {line} over {other}"}
+            for rival in RIVALS.get(method, ()):
+                theirs = nearest(runs[runs["method"] == rival], ours["settings"].iloc[0])
+                if theirs.empty:
+                    continue
+                cells = {"": f"{algorithm.upper()} {line} against {theirs['line'].iloc[0]}"}
                 for heading, measure in (LOWER | {"P(smoother), k = 0.1": "smoothness_mean@0.1"}).items():
                     cells[heading] = told(p_lower, ours[measure], theirs[measure], form="{:.2f}".format)
                 for heading, measure in {"return": "return_mean", "return, k = 0.1": "return_mean@0.1"}.items():
@@ -400,8 +405,12 @@ def seeds_table(rows: pd.DataFrame) -> str:
     lines = []
     for (algorithm, line), seeds in enough_seeds(rows).groupby(["algorithm", "line"], sort=False):
         for heading in ("oscillation", "return"):
-            values = seeds.sort_values("seed").set_index("seed")[RESULTS[heading]]
-            lines.append({"seed": f"{algorithm.upper()} {line}, {heading}"} | values.map(number).to_dict())
+            cells = {"seed": f"{algorithm.upper()} {line}, {heading}"}
+            for _, run in seeds.sort_values("seed").iterrows():
+                twice = (seeds["seed"] == run["seed"]).sum() > 1  # warm starts from several sources
+                name = f"{run['seed']}, from {run['origin']}" if twice else str(run["seed"])
+                cells[name] = number(run[RESULTS[heading]])
+            lines.append(cells)
     return markdown(lines) if lines else ""
 
 
@@ -554,7 +563,7 @@ def section(rows: pd.DataFrame, folder: Path) -> list[str]:
     parts.append(same_settings_twice(done))
     parts.append(tables(rows))
     if rivals := rivals_table(rows):
-        parts += ["PAVE beside its rivals, with 95 % bootstrap intervals; a P is of the first being lower:", rivals]
+        parts += [RIVALRY, rivals]
     if seeds := seeds_table(rows):
         parts += ["The seeds:", seeds]
     for kind, figure in figures(done, title).items():

@@ -58,7 +58,9 @@ def test_the_filter_sends_the_first_action_and_then_the_mean_of_its_last_and_the
     assert [filtered(None).item() for _ in range(3)] == [1, 0.5, 0.625]
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "benchmarks.envs:penalty/Pendulum-v1"])
+@pytest.mark.parametrize(
+    "env_id", ["Pendulum-v1", *(f"benchmarks.envs:{w}/Pendulum-v1" for w in ("filter", "penalty"))]
+)
 def test_a_run_without_filter_is_measured_as_in_its_evaluation(env_id, tmp_path, capsys):
     folder = make_run(tmp_path, script, env_id=env_id)
     run = load_run(folder, need_critic=False)
@@ -68,12 +70,35 @@ def test_a_run_without_filter_is_measured_as_in_its_evaluation(env_id, tmp_path,
     plain, filtered = pd.read_csv(tmp_path / "table.csv").to_dict("records")
     ours = [plain[name] for name in ("return", "sm", "oscillation", "length")]
     np.testing.assert_allclose(ours, [theirs[name] for name in METRICS], rtol=1e-4)
-    assert filtered["oscillation"] < plain["oscillation"] and "0.5" in capsys.readouterr().out
+    assert filtered["oscillation"] < plain["oscillation"]
+    assert capsys.readouterr().out.count("Pendulum-v1") == 2
+
+
+def test_a_policy_may_use_one_array_for_all_actions_and_a_training_draws_on_as_without():
+    buffer = np.zeros(1)
+    actions = iter([1.0, 0.0, 0.0])
+
+    def policy(_):
+        buffer[:] = next(actions)
+        return buffer
+
+    filtered = LowPass(policy, 0.5)
+    assert [filtered(None).item() for _ in range(3)] == [1, 0.5, 0.25]
+    np.random.seed(3)
+    drawn = np.random.rand()
+    np.random.seed(3)
+    measure(Signs(), gym.make("Pendulum-v1", max_episode_steps=3), 1)
+    assert np.random.rand() == drawn
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"filter": (1.0,)}, "--filter is"), ({"episodes": 0}, "--episodes is"), ({"runs": ()}, "at least one run")],
+    [
+        ({"filter": (1.0,)}, "--filter is"),
+        ({"filter": ()}, "--filter is"),
+        ({"episodes": 0}, "--episodes is"),
+        ({"runs": ()}, "at least one run"),
+    ],
 )
 def test_bad_input(wrong, words, tmp_path):
     with pytest.raises(script.UserError, match=words):

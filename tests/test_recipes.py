@@ -246,13 +246,17 @@ def test_sb3_without_its_replay_buffer_gathers_before_the_first_update(plain_zip
 def test_the_marked_part_of_sb3_runs_below_the_pave_block_with_its_imports_alone(plain_zip):
     imports = "import warnings\nfrom functools import partial\nimport torch\n"
     imports += "from stable_baselines3 import SAC, TD3\nfrom torch import nn\n"
+    imports += "from stable_baselines3.common.preprocessing import get_action_dim\n"
     block = inspect.getsource(script).split("PAVE: paste from here to the next dashed line\n")[1].split("\n# -----")[0]
     _, marked = inspect.getsource(sb3).split("# copy from here")[1].split("# to here")[0].split("\n", 1)
     pasted = {"__name__": "pasted"}
     exec(imports + block + marked, pasted)
-    for plain_sb3, pave_sb3 in ((SAC, pasted["PaveSAC"]), (TD3, pasted["PaveTD3"])):
+    for plain_sb3, pave_sb3, lambdas in ((SAC, pasted["PaveSAC"], LAMBDAS), (TD3, pasted["PaveTD3"], "auto")):
         path = plain_zip(plain_sb3)
-        model = load_sb3(pave_sb3, path)
+        if lambdas == "auto":
+            pasted["LAMBDA_CURV_BOUNDS"] = script.LAMBDA_CURV_BOUNDS
+            exec(inspect.getsource(script.CurvAutotuner), pasted)
+        model = load_sb3(pave_sb3, path, lambdas=lambdas)
         model.load_replay_buffer(path.with_suffix(".pkl"))
         model.learn(1, reset_num_timesteps=False)
         assert not torch.equal(weights(model.policy), weights(load_sb3(pave_sb3, path).policy))
@@ -264,18 +268,20 @@ def test_sb3_auto_is_the_scripts_autotuner_and_goes_on_from_its_zip(plain_sb3, p
     model = load_sb3(pave_sb3, path, lambdas="auto")
     model.load_replay_buffer(path.with_suffix(".pkl"))
     model.lambda_curv.fill_(0.5)
-    model.gradient_scale.fill_(3.0)
-    s, a, next_s = torch.randn(16, 3), 2 * torch.rand(16, 1) - 1, torch.randn(16, 3)
+    model.gradient_scale.fill_(0.03)
+    torch.manual_seed(0)
+    s, a, next_s = 9 * torch.randn(16, 3), 2 * torch.rand(16, 1) - 1, torch.randn(16, 3)
     twins = [lambda s, a, i=i: model.critic(s, a)[i].squeeze(1) for i in range(2)]
     torch.manual_seed(1)
     noise, probe = 0.01 * torch.randn_like(s), script.rademacher_like(a)
-    losses = [script.pave_losses(q, s, a, next_s, noise, probe, 1.5) for q in twins]  # the margin is 1/2 * 1 * 3
-    loss = sum(0.1 * pave.mpr + 0.0005 * pave.vfc + 0.5 * 3 * pave.curvature for pave in losses)
+    losses = [script.pave_losses(q, s, a, next_s, noise, probe, 0.015) for q in twins]  # the margin is 1/2 * 0.03
+    loss = sum(0.1 * pave.mpr + 0.0005 * pave.vfc + 0.5 * 0.03 * pave.curvature for pave in losses)
     expected = gradients(loss, model.critic.parameters())
-    metrics = [script.pave_metrics(pave, 0.5, 1.5) for pave in losses]
+    metrics = [script.pave_metrics(pave, 0.5, 0.015) for pave in losses]
     names = ("geometry/margin_fraction", "geometry/action_gradient")
     metrics = {name: (metrics[0][name] + metrics[1][name]).detach() / 2 for name in names}
-    lambda_curv, gradient_scale = torch.tensor(0.5), torch.tensor(3.0)
+    assert 0 < metrics[names[0]] < 1 and metrics[names[0]] != 0.5
+    lambda_curv, gradient_scale = torch.tensor(0.5), torch.tensor(0.03)
     script.CurvAutotuner(0.95, 1).step(lambda_curv, gradient_scale, metrics)
 
     for parameter in model.critic.parameters():
@@ -291,6 +297,8 @@ def test_sb3_auto_is_the_scripts_autotuner_and_goes_on_from_its_zip(plain_sb3, p
     again.load_replay_buffer(path.with_suffix(".pkl"))
     again.learn(2, reset_num_timesteps=False)
     assert again.gradient_scale != gradient_scale
+    load_sb3(pave_sb3, tmp_path / "auto.zip").save(tmp_path / "fixed.zip")  # what auto had found is gone with it
+    assert load_sb3(pave_sb3, tmp_path / "fixed.zip", lambdas="auto").gradient_scale == 0
 
 
 def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):
@@ -300,7 +308,7 @@ def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):
     for settings, words in (
         ({"lambdas": (1.0, 1.0)}, "none negative"),
         ({"lambdas": (1.0, -1.0, 0.0)}, "none negative"),
-        ({"lambdas": "Auto"}, "not Auto"),
+        ({"lambdas": "off"}, "not off"),
         ({"n_steps": 3}, "n_steps=1, not 3"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -318,6 +326,7 @@ def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sb3_results, "fit", partial(sb3_results.fit, updates=3))
     settings = {"seed": 101, "output": tmp_path / "sb3.csv"}
     for wrong, words in (
+        ({"arm": "tuned"}, "--arm is one of finished without PAVE, "),
         ({}, "run the command `train` first"),
         ({"steps": 0}, "--steps must be above 0"),
         ({"activation": "ReLu"}, "--activation is one of ReLU, not ReLu"),

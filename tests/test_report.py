@@ -110,18 +110,32 @@ def test_ten_seeds_are_compared_with_the_rivals_and_shown_one_by_one(tmp_path):
 
     few = [*rows("base", 0.3), *rows("pave", 0.1), *rows("filter", 0.2, count=9)]
     text = make(tmp_path, few)
-    assert "PAVE beside its rivals" not in text  # nine of the filter are too few
+    assert report.RIVALRY not in text  # nine of the filter are too few
     seeds = table(text, " 10 ")
     assert [*seeds] == [f"TD3 {method}, {what}" for method in ("base", "pave") for what in ("oscillation", "return")]
     assert seeds["TD3 pave, oscillation"]["10"] == "0.110" and seeds["TD3 pave, return"]["1"] == "-100.0"
-    text = make(tmp_path, [*few, *rows("filter", 0.2), *rows("filter+pave", 0.2085, return_mean=-90.0)])
-    over = table(text, "return: difference")
-    assert [*over] == ["TD3 pave over filter", "TD3 filter+pave over filter"]
-    assert over["TD3 pave over filter"]["P(calmer)"] == "1.00 [1.00, 1.00]"
-    assert over["TD3 pave over filter"]["return: difference"] == "0.000 [0.000, 0.000]"
-    on_top = over["TD3 filter+pave over filter"]
-    assert on_top["P(calmer)"].startswith("0.01 [") and on_top["return: difference"] == "10.00 [10.00, 10.00]"
+    returns = np.random.default_rng(0).normal(0, 5, (2, 10))
+    filtered, on_top = rows("filter", 0.2), rows("filter+pave", 0.2085)
+    for i in range(10):
+        filtered[i]["return_mean"], on_top[i]["return_mean"] = -100 + returns[0, i], -90 + returns[1, i]
+    against = table(make(tmp_path, [*few, *filtered, *on_top]), "return: difference")
+    assert [*against] == ["TD3 pave against filter", "TD3 filter+pave against filter"]
+    assert against["TD3 pave against filter"]["P(calmer)"] == "1.00"
+    assert against["TD3 filter+pave against filter"]["P(calmer)"].startswith("0.01 [")
+    told = against["TD3 filter+pave against filter"]["return: difference"]
+    value, low, high = map(float, re.findall(r"-?[\d.]+", told))
+    draws = np.random.default_rng(1).integers(0, 10, (2, 4000, 10))
+    middles = [np.sort(side[draw], 1)[:, 2:8].mean(1) for side, draw in zip(returns, draws, strict=True)]
+    expected = np.percentile(10 + middles[1] - middles[0], [2.5, 97.5])
+    assert [low, high] == pytest.approx(list(expected), abs=0.4) and low < value < high
     assert "The seeds" not in make(tmp_path, few[:9])
+
+
+def test_two_warm_starts_of_one_seed_are_both_shown():
+    rows = pd.DataFrame([row("base-then-base", seed, identity="a", origin="x", line="l") for seed in range(1, 10)])
+    again = pd.DataFrame([row("base-then-base", 9, identity="a", origin="y", line="l", oscillation=0.7)])
+    seeds = table(report.seeds_table(pd.concat([rows, again]).assign(missing=None)), " 8 ")["TD3 l, oscillation"]
+    assert (seeds["8"], seeds["9, from x"], seeds["9, from y"]) == ("0.100", "0.100", "0.700")
 
 
 def test_different_settings_are_never_averaged_silently(tmp_path):

@@ -6,8 +6,8 @@
     model.save("smooth.zip")  # plain SAC.load("smooth.zip") reads it, without this file
 
 learn(), save(), load(), callbacks and loggers stay SB3's. Copy what is marked below the PAVE block, and for
-lambdas="auto" the class CurvAutotuner as well; actions need nothing, since SB3 replays them in [-1, 1]. Tested with
-stable-baselines3 2.9. From scratch on Pendulum-v1:
+lambdas="auto" CurvAutotuner and LAMBDA_CURV_BOUNDS as well; actions need nothing, since SB3 replays them in [-1, 1].
+Tested with stable-baselines3 2.9. From scratch on Pendulum-v1:
 
     python -m benchmarks.recipes.sb3    # --lambdas 0 0 0: SB3's own SAC, with SiLU
 """
@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import tyro
 from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
 from sac_pave_continuous import CurvAutotuner, evaluate, make_env, pave_losses, rademacher_like
@@ -26,16 +27,14 @@ from sac_pave_continuous import CurvAutotuner, evaluate, make_env, pave_losses, 
 LAMBDAS = 0.1, 0.005, 0.5  # MPR, VFC, Curv: the paper's for SAC on Pendulum; elsewhere start from 0.1, 0.1, 0.01
 
 
-# copy from here, below the PAVE block; it needs the imports of warnings, partial, torch, nn, SAC and TD3
+# copy from here, below the PAVE block; it needs the imports of warnings, partial, torch, nn, SAC, TD3, get_action_dim
 SMOOTH_RELU = partial(nn.Softplus, beta=10)
 
 
 @torch.compile  # optional: faster after a minute; it goes on the loss, not on the critic
 def critic_terms(critic, s, a, next_s, noise, probe, margin):
-    """MPR, VFC and Curv, each the sum over SB3's critics; and what auto needs, means over the critics:
-
-    the share of the samples that meet Curv's margin, and the root mean square of grad_a Q.
-    """
+    """Two tensors: MPR, VFC and Curv, each the sum over SB3's critics; and what auto needs, means over the critics, the
+    share of the samples that meet Curv's margin and the root mean square of grad_a Q."""
 
     def one(net):
         def q(s, a):
@@ -73,7 +72,7 @@ class Pave:
     def __init__(
         self,
         *args,
-        lambdas=(0.1, 0.1, 0.01),  # of MPR, VFC and Curv; "auto" finds the third; three zeros: SB3's own algorithm
+        lambdas=(0.1, 0.1, 0.01),  # of MPR, VFC, Curv; "auto": 0.1, 0.0005 and what it finds; three zeros: SB3's own
         sigma=0.01,  # of MPR's noise, in the units of the observations that the critic gets
         delta=1.0,  # margin of Curv
         critic_activation_fn=SMOOTH_RELU,  # takes ReLU's place in the critics, since that has no curvature
@@ -87,6 +86,9 @@ class Pave:
         super().__init__(*args, **kwargs)
 
     def _setup_model(self):  # __init__ and load() end here
+        if self.lambdas != "auto":  # what an earlier auto has found
+            self.__dict__.pop("lambda_curv", None)
+            self.__dict__.pop("gradient_scale", None)
         if not any(self.lambdas):
             super()._setup_model()
             return
@@ -97,10 +99,12 @@ class Pave:
             self.policy_class = with_smooth_critics(self.policy_class, self.critic_activation_fn)
         super()._setup_model()
         if self.lambdas == "auto":
-            self.curv_autotuner = CurvAutotuner(target_concavity=0.95, action_dim=self.action_space.shape[0])
+            self.curv_autotuner = CurvAutotuner(0.95, get_action_dim(self.action_space))
             if not hasattr(self, "gradient_scale"):  # a .zip that was saved from here has both numbers
-                self.lambda_curv = torch.tensor(0.01, device=self.device)
-                self.gradient_scale = torch.tensor(0.0, device=self.device)
+                self.lambda_curv, self.gradient_scale = (
+                    torch.tensor(0.01),
+                    torch.tensor(0.0),
+                )  # on the CPU on any device
         self.was_trained = self.num_timesteps > 0
         batch = {}  # SB3's train() calls critic_target(s', .), then critic(s, a), then the critic's optimizer
         self.critic_target.register_forward_pre_hook(lambda _, inputs: batch.update(next_s=inputs[0]))
@@ -116,7 +120,8 @@ class Pave:
             raise ValueError(f"PAVE needs vector observations, not {self.observation_space}")
         if getattr(self, "n_steps", 1) != 1:
             raise ValueError(f"PAVE needs n_steps=1, not {self.n_steps}: its VFC takes the next observation")
-        if self.lambdas != "auto" and (len(self.lambdas) != 3 or min(self.lambdas) < 0):
+        three_weights = not isinstance(self.lambdas, str) and len(self.lambdas) == 3 and min(self.lambdas) >= 0
+        if self.lambdas != "auto" and not three_weights:
             told = 'are the weights of MPR, VFC and Curv, none negative, or "auto"'
             raise ValueError(f"lambdas {told}, not {self.lambdas}")
 
@@ -126,7 +131,8 @@ class Pave:
     def train(self, gradient_steps, batch_size=64):
         # A loaded agent is past learning_starts: without its replay buffer SB3 would train it on the first transition
         transitions = self.replay_buffer.size() * self.n_envs
-        enough = min(self.gather_steps, self.buffer_size) if any(self.lambdas) and self.was_trained else 0
+        room = self.replay_buffer.buffer_size * self.n_envs
+        enough = min(self.gather_steps, room) if any(self.lambdas) and self.was_trained else 0
         if transitions < enough:
             warnings.warn(f"no update before the replay buffer has {enough:,} transitions (gather_steps)", stacklevel=2)
         else:
@@ -140,14 +146,16 @@ class Pave:
         lambda_mpr, lambda_vfc, lambda_curv = (0.1, 0.0005, self.lambda_curv) if auto else self.lambdas
         if auto:  # Curv's weight and margin are in units of the action gradient
             lambda_curv, margin = self.curv_autotuner.scaled(lambda_curv, margin, self.gradient_scale)
-        terms, (margin_fraction, gradient_size) = critic_terms(self.critic, s, a, next_s, noise, probe, margin)
-        mpr, vfc, curvature = terms
-        (lambda_mpr * mpr + lambda_vfc * vfc + lambda_curv * curvature).backward()
+            margin = margin.to(s.device)
+        terms, measured = critic_terms(self.critic, s, a, next_s, noise, probe, margin)
+        (terms @ terms.new_tensor([lambda_mpr, lambda_vfc, lambda_curv])).backward()
+        mpr, vfc, curvature, margin_fraction, gradient_size = torch.cat([terms.detach(), measured]).cpu()
         if auto:
             metrics = {"geometry/margin_fraction": margin_fraction, "geometry/action_gradient": gradient_size}
             self.curv_autotuner.step(self.lambda_curv, self.gradient_scale, metrics)
-        for name, value in {"mpr": mpr, "vfc": vfc, "curvature": curvature, "margin_fraction": margin_fraction}.items():
-            self.logger.record_mean(f"train/{name}", value.item())
+        told = {"mpr": mpr, "vfc": vfc, "curvature": curvature, "margin_fraction": margin_fraction}
+        for name, value in (told | {"lambda_curv": lambda_curv}).items():
+            self.logger.record_mean(f"train/{name}", float(value))
 
 
 class PaveSAC(Pave, SAC):

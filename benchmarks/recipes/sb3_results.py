@@ -98,8 +98,9 @@ def finish(args) -> Iterator[dict]:
     if tuned != UNTUNED_LAMBDAS:
         arms["finished untuned"] = pave, settings | {"lambdas": UNTUNED_LAMBDAS}
     arms["finished auto"] = pave, settings | {"lambdas": "auto"}
+    require(args.arm in ("", *arms), f"--arm is one of {', '.join(arms)}, not {args.arm}")
     for agent, (cls, settings) in arms.items():
-        if args.arm in agent:
+        if args.arm in ("", agent):
             name = f"{agent}, {args.activation}" if cls is pave and args.activation else agent
             model = read_plain(cls, args, **settings)
             model.learn(args.steps, reset_num_timesteps=False)
@@ -167,7 +168,7 @@ class Args:
     activation: str = ""
     """of `finish`: one of CANDIDATES in place of the recipe's own"""
     arm: str = ""
-    """of `finish`: the arm that has this in its name; default: each"""
+    """of `finish`: one of its arms, such as "finished with PAVE"; default: each"""
     output: Path = FOLDER / "sb3.csv"
     """a CSV that gets the rows"""
 
