@@ -200,9 +200,13 @@ def read_inputs(paths) -> pd.DataFrame:
 
 
 def in_order(column: pd.Series) -> pd.Series:
-    """For sorting: the methods in plot's order, base first, and then the others by name; empty settings come last."""
+    """For sorting: the methods in plot's order, base first, and then the others by name; empty settings come last.
+
+    So also those after each warm start.
+    """
     if column.name == "method":
-        return column.replace({method: f"{i:02}" for i, method in enumerate(plot.METHODS)})
+        places = {method: f"{i:02}" for i, method in enumerate(plot.METHODS)}
+        return column.map(lambda method: f"{start_of(method)} {places.get(last_part(method), method)}")
     return column.replace("", "~") if column.name == "settings" else column
 
 

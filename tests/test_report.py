@@ -253,6 +253,12 @@ def test_a_line_compares_with_the_base_of_its_own_settings():
         assert report.reference(rows, line)["oscillation"].tolist() == told
 
 
+def test_methods_stand_in_one_order_also_after_a_warm_start():
+    methods = ["base-then-auto", "pave", "base-then-base", "ablation-000", "base-then-pave", "base"]
+    ordered = pd.DataFrame({"method": methods}).sort_values("method", key=report.in_order)["method"]
+    assert [*ordered] == ["base", "pave", "ablation-000", "base-then-base", "base-then-pave", "base-then-auto"]
+
+
 def test_a_wrapped_env_reports_under_the_env_inside(tmp_path):
     told = report.read_run(make_run(tmp_path, td3, env_id="benchmarks.envs:filter/Pendulum-v1", **BASE))
     assert (told["env_id"], told["method"], told["action_dim"]) == ("Pendulum-v1", "filter", 1)
