@@ -9,17 +9,19 @@ from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 from torch.nn import functional as F
 
 import sac_pave_continuous as script
 from benchmarks.check_critic import check_critic
 from benchmarks.measure import measure
-from benchmarks.recipes import ensemble, plain, sb3, sb3_results
+from benchmarks.recipes import ensemble, plain, sb3, sb3_results, sb3_try
 
 LAMBDAS = 2.0, 3.0, 0.5
 
@@ -321,7 +323,7 @@ def test_sb3_refuses_what_pave_would_be_wrong_for(plain_zip):
 
 def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sb3_results, "FOLDER", tmp_path)
-    monkeypatch.setattr(sb3_results, "measure", partial(measure, episodes=1))
+    monkeypatch.setattr(sb3_try, "measure", partial(measure, episodes=1))
     monkeypatch.setattr(sb3_results, "CANDIDATES", {"ReLU": nn.ReLU, sb3_results.FITTED: nn.SiLU})
     monkeypatch.setattr(sb3_results, "fit", partial(sb3_results.fit, updates=3))
     settings = {"seed": 101, "output": tmp_path / "sb3.csv"}
@@ -342,3 +344,51 @@ def test_sb3_results_writes_a_row_for_each_agent(tmp_path, monkeypatch, capsys):
     assert agents == ["plain, sampled", "plain", "plain, filtered", *finished]
     sb3_results.main(sb3_results.Args("exchange", seed=101, output=tmp_path / "exchange.csv"))
     assert "SiLU, fitted" in (tmp_path / "exchange.csv").read_text()
+
+
+def test_sb3_try_tells_what_each_way_of_going_on_gives_and_only_reads_the_agent(
+    plain_zip, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sb3_try, "measure", partial(measure, episodes=1))
+    agent = plain_zip(TD3)
+    before = agent.read_bytes()
+    settings = {"buffer": agent.with_suffix(".pkl"), "algorithm": "td3", "steps": 2, "output": tmp_path / "out"}
+    sb3_try.main(sb3_try.Args(agent, "Pendulum-v1", seeds=(1, 2), **settings))
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    ways = ["finished without PAVE", "finished with PAVE", "finished untuned", "finished auto"]
+    assert [*table["agent"]] == ["as it is", "as it is, filtered", *ways, *ways]
+    assert [*table["seed"]] == ["-", "-", *4 * ["1"], *4 * ["2"]] and agent.read_bytes() == before
+    direct = measure(lambda s: TD3.load(agent).predict(s, deterministic=True)[0], gym.make("Pendulum-v1"), 1)
+    assert table["return"][0] == pytest.approx(direct["return"], rel=1e-4)
+    assert {path.name for path in (tmp_path / "out").glob("*.zip")} == {
+        f"{way.replace(' ', '_')}_{seed}.zip" for way in ways for seed in (1, 2)
+    }
+    assert "finished auto" in capsys.readouterr().out
+    for wrong, words in (
+        ({"algorithm": "sac"}, "cannot go on from"),
+        ({"buffer": tmp_path / "none.pkl"}, "there is no"),
+        ({"steps": 0}, "--steps must be above 0"),
+        ({"seeds": ()}, "at least one of --seeds"),
+        ({"env_id": "CartPole-v1"}, "needs a float Box"),
+    ):
+        with pytest.raises(script.UserError, match=words):
+            sb3_try.main(sb3_try.Args(**{"agent": agent, "env_id": "Pendulum-v1"} | settings | wrong))
+
+
+def test_sb3_try_normalises_as_the_agents_training_did(tmp_path, monkeypatch):
+    monkeypatch.setattr(sb3_try, "measure", partial(measure, episodes=1))
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    model = SAC("MlpPolicy", env, policy_kwargs={"net_arch": [8]}, seed=3, device="cpu", batch_size=16).learn(110)
+    model.save(tmp_path / "plain.zip")
+    env.save(str(tmp_path / "statistics.pkl"))
+
+    def policy(observation):
+        return model.predict(env.normalize_obs(observation), deterministic=True)[0]
+
+    expected = measure(policy, gym.make("Pendulum-v1"), 1)
+    settings = {"vec_normalize": tmp_path / "statistics.pkl", "steps": 1, "seeds": (1,), "output": tmp_path / "out"}
+    with pytest.warns(UserWarning, match="before the replay buffer"):
+        sb3_try.main(sb3_try.Args(tmp_path / "plain.zip", "Pendulum-v1", **settings))
+    assert (tmp_path / "out" / "finished_auto_1.pkl").read_bytes() != (tmp_path / "statistics.pkl").read_bytes()
+    row = pd.read_csv(tmp_path / "out" / "table.csv").iloc[0]
+    assert [row["return"], row["sm"]] == pytest.approx([expected["return"], expected["sm"]], rel=1e-4)

@@ -18,20 +18,16 @@ from typing import Literal
 import gymnasium as gym
 import torch
 import tyro
-from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.logger import configure
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import require, user_errors
 from benchmarks.envs import FILTER_BETA
-from benchmarks.measure import LowPass, measure
-from benchmarks.recipes.sb3 import PaveSAC, PaveTD3
-from sac_pave_continuous import TUNED_LAMBDAS as SAC_LAMBDAS
+from benchmarks.recipes.sb3 import Pave
+from benchmarks.recipes.sb3_try import ALGORITHMS, arms, measured
 from sac_pave_continuous import UNTUNED_LAMBDAS, env_name, make_env
-from td3_pave_continuous import TUNED_LAMBDAS as TD3_LAMBDAS
 
-ALGORITHMS = {"sac": (SAC, PaveSAC, SAC_LAMBDAS), "td3": (TD3, PaveTD3, TD3_LAMBDAS)}
 FITTED = "SiLU, fitted"  # fresh critics instead of the old weights
 CANDIDATES = {
     "ReLU": nn.ReLU,
@@ -60,14 +56,6 @@ def add_row(output: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def measured(model, env_id: str, deterministic: bool = True, beta: float = 0) -> dict:
-    """measure() of the model's predict, with a low-pass filter behind it where beta is above 0; rounded for the CSV."""
-    torch.manual_seed(0)  # of the sampled actions
-    policy = LowPass(lambda observation: model.predict(observation, deterministic=deterministic)[0], beta)
-    metrics = measure(policy, gym.make(env_id))
-    return {name: float(f"{value:.5g}") for name, value in metrics.items()}
-
-
 def read_plain(cls, args, **settings):
     """The agent that `train` has kept, as a model of `cls`, with its replay buffer. UserError where there is none."""
     path = stem(args.algorithm, args.env_id, args.seed)
@@ -91,17 +79,14 @@ def train(args) -> Iterator[dict]:
 
 def finish(args) -> Iterator[dict]:
     """`steps` more from the same agent: plain SB3 goes on, and with PAVE: tuned (if the env is), untuned, auto."""
-    plain, pave, lambdas = ALGORITHMS[args.algorithm]
-    settings = {"critic_activation_fn": CANDIDATES[args.activation]} if args.activation else {}
-    tuned = lambdas.get(env_name(args.env_id), UNTUNED_LAMBDAS)
-    arms = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, settings | {"lambdas": tuned})}
-    if tuned != UNTUNED_LAMBDAS:
-        arms["finished untuned"] = pave, settings | {"lambdas": UNTUNED_LAMBDAS}
-    arms["finished auto"] = pave, settings | {"lambdas": "auto"}
-    require(args.arm in ("", *arms), f"--arm is one of {', '.join(arms)}, not {args.arm}")
-    for agent, (cls, settings) in arms.items():
+    ways = arms(args.algorithm, args.env_id)
+    require(args.arm in ("", *ways), f"--arm is one of {', '.join(ways)}, not {args.arm}")
+    for agent, (cls, settings) in ways.items():
         if args.arm in ("", agent):
-            name = f"{agent}, {args.activation}" if cls is pave and args.activation else agent
+            name = agent
+            if args.activation and issubclass(cls, Pave):
+                name = f"{agent}, {args.activation}"
+                settings = settings | {"critic_activation_fn": CANDIDATES[args.activation]}
             model = read_plain(cls, args, **settings)
             model.learn(args.steps, reset_num_timesteps=False)
             yield {"agent": name} | measured(model, args.env_id)

@@ -1,0 +1,127 @@
+"""Does PAVE help a Stable-Baselines3 agent that you have? One command, one table.
+
+    python -m benchmarks.recipes.sb3_try plain.zip --env-id my_machine:Machine-v0 --buffer plain_buffer.pkl
+
+The agent is measured as it is, and with a low-pass filter behind it. Then it goes on for --steps steps in several ways,
+each with every seed: without PAVE (plain SB3), with PAVE untuned, with PAVE auto, and with the paper's weights where it
+has some for the env. A line of the table is an agent, its actions the policy's means: return, sm and oscillation
+(benchmarks.measure), mean over ten episodes. What you gave is only read; each finished agent is a .zip in --output (and
+a .pkl, if there are statistics of VecNormalize).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import pandas as pd
+import torch
+import tyro
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from benchmarks.common import UserError, require, user_errors
+from benchmarks.envs import FILTER_BETA
+from benchmarks.measure import LowPass, measure
+from benchmarks.recipes.sb3 import PaveSAC, PaveTD3
+from sac_pave_continuous import TUNED_LAMBDAS as SAC_LAMBDAS
+from sac_pave_continuous import UNTUNED_LAMBDAS, env_name, make_env
+from td3_pave_continuous import TUNED_LAMBDAS as TD3_LAMBDAS
+
+ALGORITHMS = {"sac": (SAC, PaveSAC, SAC_LAMBDAS), "td3": (TD3, PaveTD3, TD3_LAMBDAS)}
+
+
+def arms(algorithm: str, env_id: str) -> dict[str, tuple]:
+    """The ways to go on: name -> the class that loads the agent, and its settings."""
+    plain, pave, tuned = ALGORITHMS[algorithm]
+    lambdas = tuned.get(env_name(env_id), UNTUNED_LAMBDAS)
+    ways = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, {"lambdas": lambdas})}
+    if lambdas != UNTUNED_LAMBDAS:
+        ways["finished untuned"] = pave, {"lambdas": UNTUNED_LAMBDAS}
+    return ways | {"finished auto": (pave, {"lambdas": "auto"})}
+
+
+def measured(model, env_id: str, deterministic: bool = True, beta: float = 0, normalise=None) -> dict[str, float]:
+    """measure() of the model's predict, with a low-pass filter behind it where beta is above 0; five digits.
+
+    normalise: what VecNormalize does to an observation, if the model was trained with it
+    """
+    torch.manual_seed(0)  # of the sampled actions
+
+    def policy(observation):
+        return model.predict(normalise(observation) if normalise else observation, deterministic=deterministic)[0]
+
+    metrics = measure(LowPass(policy, beta), gym.make(env_id))
+    return {name: float(f"{value:.5g}") for name, value in metrics.items()}
+
+
+@dataclass
+class Args:
+    agent: tyro.conf.Positional[Path]
+    """the .zip that SB3's save() wrote"""
+    env_id: str
+    """the env that it was trained in; my_module:MyEnv-v0 imports my_module"""
+    buffer: Path | None = None
+    """what save_replay_buffer() wrote; without it each copy gathers 5,000 of the steps before its first update"""
+    vec_normalize: Path | None = None
+    """what VecNormalize's save() wrote, if the agent was trained with it"""
+    algorithm: Literal["sac", "td3"] = "sac"
+    steps: int = 5_000
+    """so many steps more, in each way"""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (1, 2, 3)
+    """of what goes on from the same agent: believe a difference only if the seeds' ranges don't overlap"""
+    output: Path = Path("runs/sb3_try")
+    """a folder for the finished agents and table.csv"""
+
+
+def read(cls, args: Args, seed: int, **settings):
+    """A copy of the agent, ready to go on; UserError where that can't be."""
+    env = DummyVecEnv([lambda: gym.make(args.env_id)])
+    if args.vec_normalize:
+        env = VecNormalize.load(str(args.vec_normalize), env)
+    try:
+        model = cls.load(args.agent, env=env, device="cpu", **settings)
+        if args.buffer:
+            model.load_replay_buffer(args.buffer)
+    except Exception as error:  # SB3 and pickle raise whatever they like
+        raise UserError(f"cannot go on from {args.agent}: {' '.join(str(error).split())[:300]}") from error
+    model.set_random_seed(seed)
+    return model
+
+
+def main(args: Args) -> None:
+    make_env(args.env_id).close()  # UserError if there is none, or none with continuous actions and vectors observed
+    for path in filter(None, (args.agent, args.buffer, args.vec_normalize)):
+        require(path.exists(), f"there is no {path}")
+    require(args.steps > 0, f"--steps must be above 0, not {args.steps}")
+    require(len(args.seeds) > 0, "give at least one of --seeds")
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+
+    def tell(agent: str, seed, model, **how) -> None:
+        statistics = model.get_vec_normalize_env()
+        normalise = statistics.normalize_obs if statistics else None
+        rows.append({"agent": agent, "seed": seed} | measured(model, args.env_id, normalise=normalise, **how))
+        print(*rows[-1].values(), flush=True)
+
+    plain, _, _ = ALGORITHMS[args.algorithm]
+    model = read(plain, args, args.seeds[0])
+    tell("as it is", "-", model)
+    tell("as it is, filtered", "-", model, beta=FILTER_BETA)
+    for seed in args.seeds:
+        for agent, (cls, settings) in arms(args.algorithm, args.env_id).items():
+            model = read(cls, args, seed, **settings)
+            model.learn(args.steps, reset_num_timesteps=False)
+            stem = args.output / f"{agent.replace(' ', '_')}_{seed}"
+            model.save(stem.with_suffix(".zip"))
+            if statistics := model.get_vec_normalize_env():  # they have moved on with the training
+                statistics.save(str(stem.with_suffix(".pkl")))
+            tell(agent, seed, model)
+    table = pd.DataFrame(rows)
+    table.to_csv(args.output / "table.csv", index=False)
+    print(table.sort_values("agent", kind="stable").to_string(index=False))
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Args, description=__doc__))
