@@ -34,7 +34,8 @@ COLOURS = {  # each method has its own, whatever else is in the figure; the firs
 METHODS = tuple(COLOURS)
 LEGEND = {  # the methods in words
     "base": "plain", "pave": "PAVE, tuned λ", "untuned": "PAVE, untuned λ", "own": "PAVE, λ by hand",
-    "auto": "PAVE, auto", "caps": "CAPS", "filter": "filter in training", "penalty": "penalty", "filter+pave": "filter + PAVE",
+    "auto": "PAVE, auto", "caps": "CAPS", "filter": "filter in training", "penalty": "penalty",
+    "filter+pave": "filter + PAVE",
 }  # fmt: skip
 WIDTH = 9.0  # inches; 900 px at 100 dpi
 STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (observation, normalised action) and points

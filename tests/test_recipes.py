@@ -375,8 +375,9 @@ def test_sb3_try_tells_what_each_way_of_going_on_gives_and_only_reads_the_agent(
             sb3_try.main(sb3_try.Args(**{"agent": agent, "env_id": "Pendulum-v1"} | settings | wrong))
 
 
-def test_sb3_try_normalises_as_the_agents_training_did(tmp_path, monkeypatch):
+def test_sb3_try_normalises_as_the_agents_training_did_and_gathers_what_was_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(sb3_try, "measure", partial(measure, episodes=1))
+    monkeypatch.setattr(sb3_try, "GATHERED", 20)
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
     model = SAC("MlpPolicy", env, policy_kwargs={"net_arch": [8]}, seed=3, device="cpu", batch_size=16).learn(110)
     model.save(tmp_path / "plain.zip")
@@ -387,8 +388,10 @@ def test_sb3_try_normalises_as_the_agents_training_did(tmp_path, monkeypatch):
 
     expected = measure(policy, gym.make("Pendulum-v1"), 1)
     settings = {"vec_normalize": tmp_path / "statistics.pkl", "steps": 1, "seeds": (1,), "output": tmp_path / "out"}
-    with pytest.warns(UserWarning, match="before the replay buffer"):
-        sb3_try.main(sb3_try.Args(tmp_path / "plain.zip", "Pendulum-v1", **settings))
+    sb3_try.main(sb3_try.Args(tmp_path / "plain.zip", "Pendulum-v1", **settings))
     assert (tmp_path / "out" / "finished_auto_1.pkl").read_bytes() != (tmp_path / "statistics.pkl").read_bytes()
+    again = SAC.load(tmp_path / "plain.zip", device="cpu")
+    again.load_replay_buffer(tmp_path / "out" / "gathered.pkl")
+    assert again.replay_buffer.size() == 20
     row = pd.read_csv(tmp_path / "out" / "table.csv").iloc[0]
     assert [row["return"], row["sm"]] == pytest.approx([expected["return"], expected["sm"]], rel=1e-4)

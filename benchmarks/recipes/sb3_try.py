@@ -9,7 +9,8 @@ has some for the env. A line of the table is an agent, its actions the policy's 
 a .pkl, if there are statistics of VecNormalize).
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,7 @@ from sac_pave_continuous import UNTUNED_LAMBDAS, env_name, make_env
 from td3_pave_continuous import TUNED_LAMBDAS as TD3_LAMBDAS
 
 ALGORITHMS = {"sac": (SAC, PaveSAC, SAC_LAMBDAS), "td3": (TD3, PaveTD3, TD3_LAMBDAS)}
+GATHERED = 5_000  # steps that replace a replay buffer which was not saved
 
 
 def arms(algorithm: str, env_id: str) -> dict[str, tuple]:
@@ -62,7 +64,7 @@ class Args:
     env_id: str
     """the env that it was trained in; my_module:MyEnv-v0 imports my_module"""
     buffer: Path | None = None
-    """what save_replay_buffer() wrote; without it each copy gathers 5,000 of the steps before its first update"""
+    """what save_replay_buffer() wrote; without it the agent first acts for 5,000 steps, and all begin with these"""
     vec_normalize: Path | None = None
     """what VecNormalize's save() wrote, if the agent was trained with it"""
     algorithm: Literal["sac", "td3"] = "sac"
@@ -89,6 +91,18 @@ def read(cls, args: Args, seed: int, **settings):
     return model
 
 
+def gather(args: Args) -> Path:
+    """The file of a replay buffer of GATHERED steps by the agent as it is."""
+    _, pave, _ = ALGORITHMS[args.algorithm]
+    model = read(pave, args, args.seeds[0], gather_steps=GATHERED + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is no update yet, as is wanted here
+        model.learn(GATHERED, reset_num_timesteps=False)
+    path = args.output / "gathered.pkl"
+    model.save_replay_buffer(path)
+    return path
+
+
 def main(args: Args) -> None:
     make_env(args.env_id).close()  # UserError if there is none, or none with continuous actions and vectors observed
     for path in filter(None, (args.agent, args.buffer, args.vec_normalize)):
@@ -108,6 +122,8 @@ def main(args: Args) -> None:
     model = read(plain, args, args.seeds[0])
     tell("as it is", "-", model)
     tell("as it is, filtered", "-", model, beta=FILTER_BETA)
+    if args.buffer is None:
+        args = replace(args, buffer=gather(args))
     for seed in args.seeds:
         for agent, (cls, settings) in arms(args.algorithm, args.env_id).items():
             model = read(cls, args, seed, **settings)
