@@ -36,9 +36,9 @@ RESULTS = {  # heading: column of runs.csv
     "return": "return_mean", "oscillation": "oscillation", "sm": "smoothness_mean", "episode length": "length_mean",
 }  # fmt: skip
 LOWER = {"P(calmer)": "oscillation", "P(smoother)": "smoothness_mean"}
-# With what, besides base, a method is compared where there are seeds enough
-RIVALS = dict.fromkeys(("pave", "untuned", "own", "auto"), ("filter", "penalty", "caps"))
-RIVALS["filter+pave"] = ("filter", "penalty")
+# With what a method is compared where there are seeds enough
+RIVALS = dict.fromkeys(("pave", "untuned", "own", "auto"), ("base", "filter", "penalty", "caps"))
+RIVALS["filter+pave"] = ("base", "pave", "filter", "penalty")
 CRITIC = {
     "M/μ": "bound_sup", "M": "m_sup", "NegDef": "neg_def", "flip rate": "flip_rate", "saturation": "saturation",
     "return, k = 0.1": "return_mean@0.1", "sm, k = 0.1": "smoothness_mean@0.1",
@@ -85,8 +85,8 @@ that plain's own dots show how much seeds differ anyway. Left of the line at 1 t
 learned less: its return is below plain's median by more than a tenth of what plain gained over a random policy (where
 random's return was not measured, none is hollow). The numbers are in the tables below."""
 
-RIVALRY = """PAVE beside its rivals. P: the share of the pairs of seeds in which the first has the lower value (where
-all pairs agree, without an interval). A difference above 0: the first has the higher return. Intervals as above."""
+RIVALRY = """PAVE beside plain agents and rivals. P: the share of the pairs of seeds in which the first has the lower
+value (where all pairs agree, without an interval). A difference above 0: the first has the higher return. Intervals as above."""
 
 SUMMARY = """Oscillation and sm over base's, env by env: median of the method's seeds over median of base's; below 1 is
 calmer, or smoother. In brackets: over all pairs of a seed of the method and one of base, so that base's column shows
@@ -309,9 +309,11 @@ def difference(x, y, axis: int = -1):
 
 
 def number(value: float) -> str:
-    """4 digits, at most 3 decimals; powers of ten for what is tiny or huge."""
+    """4 digits, at most 3 decimals, 4 below 0.01; powers of ten for what is tiny or huge."""
     if value and not 0.001 <= abs(value) < 1e5:
         return f"{value:.1e}"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.4f}"
     return f"{value:,.{min(3, max(0, 3 - int(np.floor(np.log10(abs(value) or 1)))))}f}"
 
 
@@ -586,7 +588,7 @@ def figures(done: pd.DataFrame, title: str) -> dict[str, plt.Figure]:
         if others["return_mean@0.1"].notna().any():
             drawn["noise"] = plot.noise_figure(others, title)
     if ablation.any():
-        drawn["ablation"] = ablation_figure(done, title)
+        drawn["ablation"] = ablation_figure(done[ablation], title)
     return drawn
 
 
