@@ -86,7 +86,8 @@ learned less: its return is below plain's median by more than a tenth of what pl
 random's return was not measured, none is hollow). The numbers are in the tables below."""
 
 RIVALRY = """PAVE beside plain agents and rivals. P: the share of the pairs of seeds in which the first has the lower
-value (where all pairs agree, without an interval). A difference above 0: the first has the higher return. Intervals as above."""
+value (where all pairs agree, without an interval). A difference above 0: the first has the higher return. Intervals as
+above."""
 
 SUMMARY = """Oscillation and sm over base's, env by env: median of the method's seeds over median of base's; below 1 is
 calmer, or smoother. In brackets: over all pairs of a seed of the method and one of base, so that base's column shows
