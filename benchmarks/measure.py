@@ -11,7 +11,6 @@ from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import torch
 import tyro
 
@@ -89,6 +88,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    import pandas as pd  # only here: what is imported from this file needs the core packages alone
+
     require(len(args.runs) > 0, "give at least one run folder")
     require(args.episodes > 0, f"--episodes is {args.episodes}; it must be at least 1")
     possible = len(args.filter) > 0 and all(0 <= beta < 1 for beta in args.filter)

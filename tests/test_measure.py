@@ -1,18 +1,21 @@
 """benchmarks/measure.py: what it gives is the scripts' own evaluation, with and without a filter behind the policy."""
 
 import itertools
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
+from helper_runs import make_run
 
 import sac_pave_continuous as script
 from benchmarks import measure as tool
 from benchmarks.common import evaluation_env, load_run
 from benchmarks.measure import LowPass, measure
-from tests.helper_runs import make_run
 
 METRICS = ("return_mean", "smoothness_mean", "oscillation", "length_mean")
 
@@ -89,6 +92,11 @@ def test_a_policy_may_use_one_array_for_all_actions_and_a_training_draws_on_as_w
     np.random.seed(3)
     measure(Signs(), gym.make("Pendulum-v1", max_episode_steps=3), 1)
     assert np.random.rand() == drawn
+
+
+def test_what_is_imported_from_it_needs_the_core_packages_alone():
+    hidden = "import sys; sys.modules |= dict.fromkeys(('pandas', 'scipy', 'matplotlib', 'stable_baselines3'))"
+    subprocess.run([sys.executable, "-c", f"{hidden}; from benchmarks.measure import measure"], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
