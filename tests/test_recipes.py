@@ -358,6 +358,7 @@ def test_sb3_try_tells_what_each_way_of_going_on_gives_and_only_reads_the_agent(
     ways = ["finished without PAVE", "finished with PAVE", "finished untuned", "finished auto"]
     assert [*table["agent"]] == ["as it is", "as it is, filtered", *ways, *ways]
     assert [*table["seed"]] == ["-", "-", *4 * ["1"], *4 * ["2"]] and agent.read_bytes() == before
+    assert (table["return"][2:] != table["return"][0]).all()  # each has learned, also from a small replay buffer
     direct = measure(lambda s: TD3.load(agent).predict(s, deterministic=True)[0], gym.make("Pendulum-v1"), 1)
     assert table["return"][0] == pytest.approx(direct["return"], rel=1e-4)
     assert {path.name for path in (tmp_path / "out").glob("*.zip")} == {

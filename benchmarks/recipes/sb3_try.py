@@ -34,13 +34,16 @@ GATHERED = 5_000  # steps that replace a replay buffer which was not saved
 
 
 def arms(algorithm: str, env_id: str) -> dict[str, tuple]:
-    """The ways to go on: name -> the class that loads the agent, and its settings."""
+    """The ways to go on with an agent and its replay buffer: name -> the class that loads it, and its settings."""
     plain, pave, tuned = ALGORITHMS[algorithm]
     lambdas = tuned.get(env_name(env_id), UNTUNED_LAMBDAS)
-    ways = {"finished without PAVE": (plain, {}), "finished with PAVE": (pave, {"lambdas": lambdas})}
-    if lambdas != UNTUNED_LAMBDAS:
-        ways["finished untuned"] = pave, {"lambdas": UNTUNED_LAMBDAS}
-    return ways | {"finished auto": (pave, {"lambdas": "auto"})}
+    weights = {"finished with PAVE": lambdas, "finished untuned": UNTUNED_LAMBDAS, "finished auto": "auto"}
+    if lambdas == UNTUNED_LAMBDAS:
+        del weights["finished untuned"]
+    ways = {"finished without PAVE": (plain, {})}
+    for name, chosen in weights.items():
+        ways[name] = pave, {"lambdas": chosen, "gather_steps": 0}  # all ways update from their first step on
+    return ways
 
 
 def measured(model, env_id: str, deterministic: bool = True, beta: float = 0, normalise=None) -> dict[str, float]:
