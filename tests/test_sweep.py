@@ -131,13 +131,21 @@ def test_grid(tmp_path):
 
 
 def test_every_reported_run_is_one_of_results_toml():
-    """With the same settings: who trains that grid gets these runs; warm starts are in finish.toml."""
+    """With the same settings: who trains that grid gets these runs; warm starts, and what stands beside them, are in
+    finish.toml."""
 
     def training(cell_settings, script):
         return {name: value for name, value in cell_settings.items() if name not in script.FREE_SETTINGS}
 
     grid = [training(cell.settings, cell.script) for cell in cells(grid=ROOT / "benchmarks/results.toml").values()]
     finishes = tomllib.loads((ROOT / "benchmarks/finish.toml").read_text())["grid"]
+    for table in finishes:
+        if "warm_start" not in table:
+            (algorithm,), (env_id,), steps = table["scripts"], table["envs"], str(table["steps"])
+            for method, seed in itertools.product(table["methods"], table["seeds"]):
+                flags = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", steps, *table["flags"].split()]
+                settings = sweep.settings_given(algorithm, method, flags)
+                grid.append(training(settings, sweep.ALGORITHMS[algorithm]))
     for row in csv.DictReader((ROOT / "benchmarks/results/report/runs.csv").open(newline="")):
         if row["origin"]:  # a warm start: its settings are its source's, but for these
             assert "--warm-start" in row["command"]
