@@ -371,7 +371,9 @@ def test_sb3_try_tells_what_each_way_of_going_on_gives_and_only_reads_the_agent(
         ({"steps": 0}, "--steps must be above 0"),
         ({"seeds": ()}, "at least one of --seeds"),
         ({"env_id": "CartPole-v1"}, "needs a float Box"),
+        ({"output": tmp_path / "out"}, "has files already"),
     ):
+        settings["output"] = tmp_path / "other"
         with pytest.raises(script.UserError, match=words):
             sb3_try.main(sb3_try.Args(**{"agent": agent, "env_id": "Pendulum-v1"} | settings | wrong))
 

@@ -76,7 +76,7 @@ class Args:
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (1, 2, 3)
     """of what goes on from the same agent: believe a difference only if the seeds' ranges don't overlap"""
     output: Path = Path("runs/sb3_try")
-    """a folder for the finished agents and table.csv"""
+    """a new or empty folder for the finished agents and table.csv"""
 
 
 def read(cls, args: Args, seed: int, **settings):
@@ -113,6 +113,7 @@ def main(args: Args) -> None:
     require(args.steps > 0, f"--steps must be above 0, not {args.steps}")
     require(len(args.seeds) > 0, "give at least one of --seeds")
     args.output.mkdir(parents=True, exist_ok=True)
+    require(not any(args.output.iterdir()), f"{args.output} has files already: give another folder by --output")
     rows = []
 
     def tell(agent: str, seed, model, **how) -> None:
@@ -120,6 +121,7 @@ def main(args: Args) -> None:
         normalise = statistics.normalize_obs if statistics else None
         rows.append({"agent": agent, "seed": seed} | measured(model, args.env_id, normalise=normalise, **how))
         print(*rows[-1].values(), flush=True)
+        pd.DataFrame(rows).to_csv(args.output / "table.csv", index=False)  # at once: Ctrl-C loses no line
 
     plain, _, _ = ALGORITHMS[args.algorithm]
     model = read(plain, args, args.seeds[0])
@@ -136,9 +138,7 @@ def main(args: Args) -> None:
             if statistics := model.get_vec_normalize_env():  # they have moved on with the training
                 statistics.save(str(stem.with_suffix(".pkl")))
             tell(agent, seed, model)
-    table = pd.DataFrame(rows)
-    table.to_csv(args.output / "table.csv", index=False)
-    print(table.sort_values("agent", kind="stable").to_string(index=False))
+    print(pd.DataFrame(rows).sort_values("agent", kind="stable").to_string(index=False))
 
 
 if __name__ == "__main__":
