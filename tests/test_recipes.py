@@ -268,6 +268,7 @@ def test_the_marked_part_of_sb3_runs_below_the_pave_block_with_its_imports_alone
 def test_sb3_auto_is_the_scripts_autotuner_and_goes_on_from_its_zip(plain_sb3, pave_sb3, plain_zip, tmp_path):
     path = plain_zip(plain_sb3)
     model = load_sb3(pave_sb3, path, lambdas="auto")
+    assert sb3.AUTO_LAMBDAS == script.AUTOTUNE_LAMBDAS and model.lambda_curv == script.AUTOTUNE_LAMBDAS[2]
     model.load_replay_buffer(path.with_suffix(".pkl"))
     model.lambda_curv.fill_(0.5)
     model.gradient_scale.fill_(0.03)

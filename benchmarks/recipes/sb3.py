@@ -29,24 +29,27 @@ LAMBDAS = 0.1, 0.005, 0.5  # MPR, VFC, Curv: the paper's for SAC on Pendulum; el
 
 # copy from here, below the PAVE block; it needs the imports of warnings, partial, torch, nn, SAC, TD3, get_action_dim
 SMOOTH_RELU = partial(nn.Softplus, beta=10)
+AUTO_LAMBDAS = 0.1, 0.0005, 0.01  # of MPR, VFC and, where the search starts, Curv
 
 
 @torch.compile  # optional: faster after a minute; it goes on the loss, not on the critic
 def critic_terms(critic, s, a, next_s, noise, probe, margin):
-    """Two tensors: MPR, VFC and Curv, each the sum over SB3's critics; and what auto needs, means over the critics, the
-    share of the samples that meet Curv's margin and the root mean square of grad_a Q."""
+    """MPR, VFC and Curv (3,), each the sum over SB3's critics, and what auto needs (2,), means over the critics.
 
-    def one(net):
-        def q(s, a):
+    What auto needs: the share of the samples that meet Curv's margin, and the root mean square of grad_a Q.
+    """
+    terms, measured = [], []
+    for net in critic.q_networks:
+
+        def q(s, a, net=net):
             return net(torch.cat([critic.extract_features(s, critic.features_extractor), a], dim=1)).squeeze(1)
 
         pave = pave_losses(q, s, a, next_s, noise, probe, margin)
         margin_fraction = (pave.vhv < -margin).float().mean()
         gradient_size = pave.gradient.square().mean().sqrt()
-        return torch.stack([pave.mpr, pave.vfc, pave.curvature]), torch.stack([margin_fraction, gradient_size])
-
-    terms, measured = zip(*[one(net) for net in critic.q_networks], strict=True)
-    return sum(terms), (sum(measured) / len(measured)).detach()
+        terms.append(torch.stack([pave.mpr, pave.vfc, pave.curvature]))
+        measured.append(torch.stack([margin_fraction, gradient_size]))
+    return torch.stack(terms).sum(0), torch.stack(measured).mean(0).detach()
 
 
 def with_smooth_critics(policy_class, activation_fn):
@@ -86,7 +89,7 @@ class Pave:
         super().__init__(*args, **kwargs)
 
     def _setup_model(self):  # __init__ and load() end here
-        if self.lambdas != "auto":  # what an earlier auto has found
+        if self.lambdas != "auto":  # forget what an earlier auto has found
             self.__dict__.pop("lambda_curv", None)
             self.__dict__.pop("gradient_scale", None)
         if not any(self.lambdas):
@@ -101,10 +104,8 @@ class Pave:
         if self.lambdas == "auto":
             self.curv_autotuner = CurvAutotuner(0.95, get_action_dim(self.action_space))
             if not hasattr(self, "gradient_scale"):  # a .zip that was saved from here has both numbers
-                self.lambda_curv, self.gradient_scale = (
-                    torch.tensor(0.01),
-                    torch.tensor(0.0),
-                )  # on the CPU on any device
+                self.lambda_curv = torch.tensor(AUTO_LAMBDAS[2])  # both on the CPU, whatever the model's device
+                self.gradient_scale = torch.tensor(0.0)
         self.was_trained = self.num_timesteps > 0
         batch = {}  # SB3's train() calls critic_target(s', .), then critic(s, a), then the critic's optimizer
         self.critic_target.register_forward_pre_hook(lambda _, inputs: batch.update(next_s=inputs[0]))
@@ -142,10 +143,11 @@ class Pave:
         """To the TD gradients, which SB3 has just computed on the same batch."""
         s, a, next_s = (rows[: self.pave_batch_size] for rows in (s, a, next_s))
         noise, probe = self.sigma * torch.randn_like(s), rademacher_like(a)
-        auto, margin = self.lambdas == "auto", self.delta
-        lambda_mpr, lambda_vfc, lambda_curv = (0.1, 0.0005, self.lambda_curv) if auto else self.lambdas
+        auto = self.lambdas == "auto"
+        lambda_mpr, lambda_vfc, lambda_curv = AUTO_LAMBDAS if auto else self.lambdas
+        margin = self.delta
         if auto:  # Curv's weight and margin are in units of the action gradient
-            lambda_curv, margin = self.curv_autotuner.scaled(lambda_curv, margin, self.gradient_scale)
+            lambda_curv, margin = self.curv_autotuner.scaled(self.lambda_curv, self.delta, self.gradient_scale)
             margin = margin.to(s.device)
         terms, measured = critic_terms(self.critic, s, a, next_s, noise, probe, margin)
         (terms @ terms.new_tensor([lambda_mpr, lambda_vfc, lambda_curv])).backward()
@@ -153,9 +155,11 @@ class Pave:
         if auto:
             metrics = {"geometry/margin_fraction": margin_fraction, "geometry/action_gradient": gradient_size}
             self.curv_autotuner.step(self.lambda_curv, self.gradient_scale, metrics)
-        told = {"mpr": mpr, "vfc": vfc, "curvature": curvature, "margin_fraction": margin_fraction}
-        for name, value in (told | {"lambda_curv": lambda_curv}).items():
-            self.logger.record_mean(f"train/{name}", float(value))
+        self.logger.record_mean("train/mpr", mpr.item())
+        self.logger.record_mean("train/vfc", vfc.item())
+        self.logger.record_mean("train/curvature", curvature.item())
+        self.logger.record_mean("train/margin_fraction", margin_fraction.item())
+        self.logger.record_mean("train/lambda_curv", float(lambda_curv))
 
 
 class PaveSAC(Pave, SAC):
