@@ -371,6 +371,8 @@ def test_sb3_try_tells_what_each_way_of_going_on_gives_and_only_reads_the_agent(
         ({"buffer": tmp_path / "none.pkl"}, "there is no"),
         ({"steps": 0}, "--steps must be above 0"),
         ({"seeds": ()}, "at least one of --seeds"),
+        ({"seeds": (1, -1)}, "--seeds is"),
+        ({"vec_normalize": agent}, "cannot go on from"),
         ({"env_id": "CartPole-v1"}, "needs a float Box"),
         ({"output": tmp_path / "out"}, "has files already"),
     ):

@@ -82,9 +82,9 @@ class Args:
 def read(cls, args: Args, seed: int, **settings):
     """A copy of the agent, ready to go on; UserError where that can't be."""
     env = DummyVecEnv([lambda: gym.make(args.env_id)])
-    if args.vec_normalize:
-        env = VecNormalize.load(str(args.vec_normalize), env)
     try:
+        if args.vec_normalize:
+            env = VecNormalize.load(str(args.vec_normalize), env)
         model = cls.load(args.agent, env=env, device="cpu", **settings)
         if args.buffer:
             model.load_replay_buffer(args.buffer)
@@ -112,6 +112,7 @@ def main(args: Args) -> None:
         require(path.exists(), f"there is no {path}")
     require(args.steps > 0, f"--steps must be above 0, not {args.steps}")
     require(len(args.seeds) > 0, "give at least one of --seeds")
+    require(all(0 <= seed < 2**32 for seed in args.seeds), f"--seeds is {args.seeds}; each from 0 to below 2^32")
     args.output.mkdir(parents=True, exist_ok=True)
     require(not any(args.output.iterdir()), f"{args.output} has files already: give another folder by --output")
     rows = []
