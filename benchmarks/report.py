@@ -315,7 +315,9 @@ def number(value: float) -> str:
         return f"{value:.1e}"
     if 0 < abs(value) < 0.01:
         return f"{value:.4f}"
-    return f"{value:,.{min(3, max(0, 3 - int(np.floor(np.log10(abs(value) or 1)))))}f}"
+    before_the_point = 1 + int(np.floor(np.log10(abs(value) or 1)))  # digits; 0 or fewer below 1
+    decimals = min(3, max(0, 4 - before_the_point))
+    return f"{value:,.{decimals}f}"
 
 
 def told(statistic, *groups: pd.Series, form=number) -> str:
@@ -396,15 +398,20 @@ def rivals_table(rows: pd.DataFrame) -> str:
         for (method, line), ours in runs.groupby(["method", "line"], sort=False):
             for rival in RIVALS.get(method, ()):
                 theirs = nearest(runs[runs["method"] == rival], ours["settings"].iloc[0])
-                if theirs.empty:
-                    continue
-                cells = {"": f"{algorithm.upper()} {line} against {theirs['line'].iloc[0]}"}
-                for heading, measure in (LOWER | {"P(smoother), k = 0.1": "smoothness_mean@0.1"}).items():
-                    cells[heading] = told(p_lower, ours[measure], theirs[measure], form="{:.2f}".format)
-                for heading, measure in {"return": "return_mean", "return, k = 0.1": "return_mean@0.1"}.items():
-                    cells[f"{heading}: difference"] = told(difference, ours[measure], theirs[measure])
-                lines.append(cells)
+                if len(theirs):
+                    name = f"{algorithm.upper()} {line} against {theirs['line'].iloc[0]}"
+                    lines.append({"": name} | against(ours, theirs))
     return markdown(lines) if lines else ""
+
+
+def against(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, str]:
+    """The cells of a line of rivals_table: the seeds of one line against those of another."""
+    cells = {}
+    for heading, measure in (LOWER | {"P(smoother), k = 0.1": "smoothness_mean@0.1"}).items():
+        cells[heading] = told(p_lower, ours[measure], theirs[measure], form="{:.2f}".format)
+    for heading, measure in {"return": "return_mean", "return, k = 0.1": "return_mean@0.1"}.items():
+        cells[f"{heading}: difference"] = told(difference, ours[measure], theirs[measure])
+    return cells
 
 
 def seeds_table(rows: pd.DataFrame) -> str:
