@@ -38,6 +38,7 @@ LEGEND = {  # the methods in words
     "filter+pave": "filter + PAVE",
 }  # fmt: skip
 WIDTH = 9.0  # inches; 900 px at 100 dpi
+ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
 STATE_SWEEP, ACTION_SWEEP, GRID = 1.0, 1.5, 50  # the paper's half-widths (observation, normalised action) and points
 AXES = {
     "return_mean": "return per episode\n(higher is better)",
@@ -45,6 +46,7 @@ AXES = {
     "length_mean": "steps per episode",
     "oscillation": "oscillation in env action units\n(lower is smoother)",
 }
+EVALUATIONS = ("return", "smoothness", "oscillation")  # what read_evaluations takes of each
 TAGS = {f"eval/{name.removesuffix('_mean')}": text for name, text in AXES.items()}
 STYLE = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 11, "font.size": 10,
@@ -97,7 +99,7 @@ def name_seeds(shown) -> list[tuple[str, Run]]:
 def colours_of(labels) -> dict[str, str]:
     """A method has its own colour; SAC and TD3 in one panel, or labels of the user's, have them in order."""
     labels = list(dict.fromkeys(labels))
-    methods = [label.rpartition(" ")[2] for label in labels]
+    methods = [label.rpartition(" ")[2].rpartition("-then-")[2] for label in labels]
     if set(methods) <= set(METHODS) and len(set(methods)) == len(methods):
         return {label: COLOURS[method] for label, method in zip(labels, methods, strict=True)}
     if len(labels) <= len(COLOURS):
@@ -126,7 +128,7 @@ def save(figure, output: Path) -> None:
     require(output.suffix in (".png", ".svg", ".pdf"), f"--output is {output}; it must end in .png, .svg or .pdf")
     figure.savefig(output, dpi=100)
     if output.suffix == ".png":  # a palette: a third of the size
-        Image.open(output).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)
+        Image.open(output).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(output, optimize=True)
     plt.close(figure)
     print(f"wrote {output}")
 
@@ -161,9 +163,11 @@ def tradeoff_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 
 
 def draw_seeds(axis, x, values: np.ndarray, colour: str, label: str) -> None:
-    """values (seeds, len(x)): their median, and each as a thin line."""
+    """values (seeds, len(x)): their median, and each as a thin line; of many a band for the middle half instead."""
     axis.plot(x, np.median(values, axis=0), color=colour, label=label, linewidth=2)
-    if len(values) > 1:
+    if len(values) >= ENOUGH:
+        axis.fill_between(x, *np.quantile(values, (0.25, 0.75), axis=0), color=colour, alpha=0.15, linewidth=0)
+    elif len(values) > 1:
         axis.plot(x, values.T, color=colour, linewidth=0.8, alpha=0.4)
 
 
@@ -181,6 +185,24 @@ def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
             axis.set(xlabel="observation noise ±$k$ (standard deviations)", ylabel=AXES[measure])
         axes[0].legend(fontsize=8)
         axes[1].set_ylim(bottom=0)
+    return figure
+
+
+def training_figure(rows: pd.DataFrame, evaluations: pd.DataFrame, title: str) -> plt.Figure:
+    """Return and oscillation over the training; evaluations: of the runs of these rows, by their index, and step."""
+    figure, parts = pairs_of_panels(rows, title)
+    colours = colours_of(rows["line"])
+    for axes, name, _, seeds in parts:
+        own = evaluations[evaluations.index.isin(seeds.index)]
+        for axis, tag in zip(axes, ("return", "oscillation"), strict=True):
+            curves = own.set_index("step", append=True)[tag].unstack().dropna(axis=1)  # where all seeds have one
+            if curves.size:
+                draw_seeds(axis, curves.columns, curves.to_numpy(), colours[name], name)
+            axis.set(xlabel="environment steps", ylabel=TAGS[f"eval/{tag}"])
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[0].legend(fontsize=8)
+        if (own["oscillation"] > 0).all():
+            axes[1].set_yscale("log")
     return figure
 
 
@@ -240,12 +262,28 @@ def effect_figure(dots: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def read_events(run: Run) -> EventAccumulator:
+    """The run's TensorBoard files."""
+    return EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
+
+
 def read_curve(run: Run, tag: str) -> pd.Series:
     """The values of one tag of the run's TensorBoard files by step; UserError if it isn't there."""
-    events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
+    events = read_events(run)
     has = sorted(events.Tags()["scalars"])
     require(tag in has, f"{run.path} has no {tag} in its TensorBoard files: it has {', '.join(has)}")
     return pd.Series({event.step: event.value for event in events.Scalars(tag)})
+
+
+def read_evaluations(run: Run) -> pd.DataFrame:
+    """A row for each evaluation during the training: step, return, smoothness, oscillation; NaN for what is missing."""
+    events = read_events(run)
+    has = events.Tags()["scalars"]
+    columns = {}
+    for name in EVALUATIONS:
+        tag = f"eval/{name}"
+        columns[name] = {event.step: event.value for event in events.Scalars(tag)} if tag in has else {}
+    return pd.DataFrame(columns, dtype=float).rename_axis("step").sort_index().reset_index()
 
 
 def curves(runs: Paths, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]) -> None:

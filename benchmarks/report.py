@@ -7,8 +7,9 @@ An input is an earlier report's runs.csv or a folder of runs that have an evalua
 a sweep's. A run is what its settings, its seed and its start make it, whatever it is called: where two inputs have it,
 the later one counts, and runs of other settings under one name stand in lines of their own. A run without a result
 stays in runs.csv, with the reason.
---output gets report.md, its figures (effect.png has all tasks in one), and runs.csv, a row for each run: what it
-measured, and how it was made. The report is made from the runs.csv that it writes.
+--output gets report.md, its figures (effect.png has all tasks in one), and two tables: runs.csv, a row for each run,
+what it measured and how it was made; and curves.csv, a row for each evaluation during the training. The report is made
+from the tables that it writes. A curves.csv is read with the runs.csv beside it.
 """
 
 import json
@@ -31,6 +32,7 @@ CELL = ["env_id", "steps", "algorithm", "method"]  # names, for readers
 LINE = [*CELL, "identity"]  # whose rows are seeds of one thing
 KEY = [*LINE, "origin", "seed"]  # one run; a warm-started one began from a run that has a seed, too
 NAMED = [*CELL, "seed"]  # what each row of a runs.csv has
+CURVE = [*KEY, "step", *plot.EVALUATIONS]  # a row of curves.csv
 LEGACY = "legacy"  # identity of a row whose settings were not recorded
 RESULTS = {  # heading: column of runs.csv
     "return": "return_mean", "oscillation": "oscillation", "sm": "smoothness_mean", "episode length": "length_mean",
@@ -49,7 +51,6 @@ EVALUATED = ["episodes", "version", "noise_reference"]  # how
 MADE = ["machine", "torch", "commit"]  # where and by what
 TRAINED = ["steps_per_second", "wall_seconds", *MADE, "command", "missing"]  # how
 GOOD_RETURNS = {"LunarLanderContinuous-v3": 200, "Hopper-v5": 2500}  # it lands (Gymnasium calls it solved); it hops
-ENOUGH = 10  # seeds from which on an interval says more than the seeds themselves
 WORSE = 0.1  # of what plain gained over a random policy: by more than that below plain's return is clearly worse
 DASH = "\u2013"
 
@@ -75,6 +76,8 @@ run). What is shown is the scatter over seeds; how much the starts matter is sai
   concave in a. **flip rate**: share of steps where ∇a Q turns by more than 90°. **saturation**: share of action entries
   within 1 % of a limit.
 - **evaluations ≥ 200**: with at least this return, of those in the second half of the trainings, all seeds together.
+- **In the figures** a thick line is the median. Below ten seeds each is a thin line or a dot, from ten on a band holds
+  the middle half. "During the training": its own evaluations, of ten episodes (`--eval-episodes`).
 - **k = 0.1**: observation noise of ±0.1 standard deviations of what `noise_reference` in runs.csv visits; in version 1
   of the evaluation, of what the run itself visits.
 - **paper**: its own numbers, after 100,000 steps on Pendulum, 500,000 on LunarLander and Reacher, else 1,000,000.
@@ -104,12 +107,14 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+WORDS = dict.fromkeys(("identity", "origin", "settings", "commit"), str)  # an identity may look like a number
+
+
 def read_csv(path: Path) -> pd.DataFrame:
     """A runs.csv; UserError where it is none, or a number in it isn't one."""
     numbers = {"seed": int, "steps": int, "return_mean": float, "smoothness_mean": float}
-    words = dict.fromkeys(("identity", "origin", "settings", "commit"), str)  # an identity may look like a number
     try:
-        rows = pd.read_csv(path, dtype=numbers | words | {"missing": object})
+        rows = pd.read_csv(path, dtype=numbers | WORDS | {"missing": object})
         for name in ("missing", "identity", "origin", "settings"):
             rows[name] = rows.get(name)  # None where the file has no such column
         empty = rows[NAMED].isna().any(axis=1)
@@ -118,6 +123,18 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"cannot read {path}, no runs.csv of a report: {' '.join(str(error).split())}") from error
     require(not empty.any(), f"{path}, line {empty.argmax() + 2}: a run's name, return or sm is empty")
     return rows.fillna({"identity": LEGACY, "origin": "", "settings": ""})
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """The curves.csv beside a runs.csv, which an older report lacks; UserError where it is none."""
+    path = path.with_name("curves.csv")
+    if not path.exists():
+        return pd.DataFrame(columns=CURVE)
+    try:
+        numbers = dict.fromkeys(plot.EVALUATIONS, float) | dict.fromkeys(("seed", "steps", "step"), int)
+        return pd.read_csv(path, dtype=numbers | WORDS)[CURVE].fillna({"origin": ""})
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"cannot read {path}, no curves.csv of a report: {' '.join(str(error).split())}") from error
 
 
 def result_of(run: Run) -> dict:
@@ -152,8 +169,8 @@ def stretch_value(stretch: dict, name: str) -> str | None:
     return value
 
 
-def read_run(path: Path) -> dict:
-    """The row of a run folder; `missing` says why it has no result."""
+def read_run(path: Path) -> tuple[dict, pd.DataFrame]:
+    """The row of a run folder, where `missing` says why it has no result; and its rows of curves.csv."""
     run = load_run(path, need_critic=False)
     _, env_id = common.unwrap(run.args.env_id)
     settings = common.settings_of(run.script, vars(run.args))
@@ -161,43 +178,62 @@ def read_run(path: Path) -> dict:
     row |= {"identity": run.identity, "origin": common.origin_text(run.script, run.origin), "seed": run.args.seed}
     row |= {"settings": json.dumps(settings), "action_dim": run.action_dim} | result_of(run)
     if row.get("missing"):
-        return row
+        return row, pd.DataFrame(columns=CURVE)
     summary, cell = read_json(path / "summary.json"), read_json(path.parent / "cell.json")
     about = summary | {name: value for name, value in cell.items() if value is not None}
     row |= {name: about.get(name) for name in TRAINED if name not in row} | made_by(about)
     if not row["command"]:  # not of a sweep
         row["command"] = f"{run.script.SCRIPT}.py with {settings}"
+    evaluations = plot.read_evaluations(run)
     if least := GOOD_RETURNS.get(env_id):
-        returns = plot.read_curve(run, "eval/return").loc[row["steps"] / 2 + 1 :]  # of the training's second half
+        returns = evaluations.loc[evaluations["step"] > row["steps"] / 2, "return"]  # of the training's second half
         row |= {"evaluations": len(returns), "good_evaluations": (returns >= least).sum()}
-    return row
+    return row, evaluations.assign(**{name: row[name] for name in KEY})
 
 
-def read_folder(folder: Path) -> pd.DataFrame:
-    """A row for each run in a folder, however deep; what can't be read is told and left out."""
-    rows = []
+def read_folder(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of runs.csv and curves.csv of the runs in a folder, however deep; what can't be read is left out.
+
+    That is told.
+    """
+    rows, curves = [], []
     for path in sorted({file.parent for file in folder.rglob("*.pt")}):
         try:
-            rows.append(read_run(path))
+            row, curve = read_run(path)
         except Exception as error:  # whatever it is, the other runs count
             print(f"warning: {path} is left out: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
+        rows.append(row)
+        curves.append(curve)
     require(len(rows) > 0, f"{folder} has no run folder with a checkpoint.pt or actor.pt that can be read")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), pd.concat(curves)
 
 
-def read_inputs(paths) -> pd.DataFrame:
-    """Every run once, in order; a later input counts, but what has no result doesn't replace a result."""
-    tables = [read_folder(path) if path.is_dir() else read_csv(path) for path in paths]
+def read_inputs(paths) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every run once, in order, and the evaluations during its training.
+
+    A later input counts, but what has no result doesn't replace a result.
+    """
+    tables, curves = [], [pd.DataFrame(columns=[*CURVE, "input"])]
+    for i, path in enumerate(paths):
+        table, curve = read_folder(path) if path.is_dir() else (read_csv(path), read_curves(path))
+        tables.append(table.assign(input=i))
+        curves.append(curve.assign(input=i))
     done = any("return_mean" in table for table in tables)
     require(done, f"no finished run in {', '.join(map(str, paths)) or 'no input'}")
     rows = pd.concat(tables, ignore_index=True).infer_objects().sort_values("missing", kind="stable")  # empty: last
     if twice := (rows["missing"].isna() & rows.duplicated(KEY, keep="last")).sum():
         print(f"{twice} results are replaced by those of a later input or run", file=sys.stderr)
     rows = rows.drop_duplicates(KEY, keep="last")
+    curves = pd.concat(curves).astype(dict.fromkeys(plot.EVALUATIONS, float))  # from object, where a table is empty
+    curves = rows[[*KEY, "input"]].merge(curves)[CURVE]  # of the input that counts
+    rows = rows.drop(columns="input")
     others = rows.columns.drop([*TRAINED, "step"], errors="ignore")
     columns = [*NAMED, *ABOUT, *EVALUATED, *RESULTS.values(), *others, *CRITIC.values(), *OTHERS, *TRAINED]
     rows = rows.reindex(columns=dict.fromkeys(columns)).fillna({"version": 1})
-    return rows.sort_values([*CELL, "settings", "identity", "origin", "seed"], key=in_order)
+    order = [*CELL, "settings", "identity", "origin", "seed"]
+    curves = curves.sort_values([*KEY, "step"], key=in_order).drop_duplicates([*KEY, "step"], keep="last")
+    return rows.sort_values(order, key=in_order), curves
 
 
 def in_order(column: pd.Series) -> pd.Series:
@@ -294,8 +330,8 @@ def distance(settings: str, others: str) -> tuple[bool, int]:
 
 
 def centre(values, axis: int = -1):  # with an axis scipy resamples 200 times as fast
-    """The median; from ENOUGH seeds on the interquartile mean, without the lowest and the highest quarter."""
-    many = np.shape(values)[axis] >= ENOUGH
+    """The median; from plot.ENOUGH seeds on the interquartile mean, without the lowest and the highest quarter."""
+    many = np.shape(values)[axis] >= plot.ENOUGH
     return stats.trim_mean(values, 0.25, axis=axis) if many else np.median(values, axis=axis)
 
 
@@ -326,7 +362,7 @@ def told(statistic, *groups: pd.Series, form=number) -> str:
     if not all(map(len, groups)):
         return DASH
     spread = ""
-    if min(map(len, groups)) >= ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
+    if min(map(len, groups)) >= plot.ENOUGH:  # of three seeds it would be [lowest, highest], and of five too narrow
         low, high = stats.bootstrap(groups, statistic, method="percentile", rng=0).confidence_interval  # base, too
         spread = f" [{form(low)}, {form(high)}]" if low < high else ""  # where all pairs agree the bootstrap is blind
     elif len(groups) == 1 and np.ptp(groups[0]):
@@ -388,7 +424,7 @@ def tables(rows: pd.DataFrame) -> str:
 def enough_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     """The finished runs of the lines that have an interval; rows: of one env and number of steps."""
     done = rows[rows["missing"].isna()]
-    return done[done.groupby(["algorithm", "line"])["seed"].transform("size") >= ENOUGH]
+    return done[done.groupby(["algorithm", "line"])["seed"].transform("size") >= plot.ENOUGH]
 
 
 def rivals_table(rows: pd.DataFrame) -> str:
@@ -562,7 +598,7 @@ def ablation_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-def section(rows: pd.DataFrame, folder: Path) -> list[str]:
+def section(rows: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[str]:
     """The tables and figures of one env and number of steps."""
     env_id, steps = rows[["env_id", "steps"]].iloc[0]
     title, done = f"{env_id}, {steps:,} steps", rows[rows["missing"].isna()]
@@ -580,14 +616,14 @@ def section(rows: pd.DataFrame, folder: Path) -> list[str]:
         parts += [RIVALRY, rivals]
     if seeds := seeds_table(rows):
         parts += ["The seeds:", seeds]
-    for kind, figure in figures(done, title).items():
+    for kind, figure in figures(done, curves, title).items():
         name = re.sub(r"[^\w-]+", "-", f"{env_id}_{steps}_{kind}") + ".png"
         plot.save(figure, folder / name)
         parts.append(f"![{kind}]({name})")
     return [part for part in parts if part]
 
 
-def figures(done: pd.DataFrame, title: str) -> dict[str, plt.Figure]:
+def figures(done: pd.DataFrame, curves: pd.DataFrame, title: str) -> dict[str, plt.Figure]:
     """kind -> figure, of the finished runs of a section."""
     ablation, drawn = done["method"].str.startswith("ablation"), {}
     others = done[~ablation]
@@ -595,16 +631,21 @@ def figures(done: pd.DataFrame, title: str) -> dict[str, plt.Figure]:
         drawn["tradeoff"] = plot.tradeoff_figure(others, title)
         if others["return_mean@0.1"].notna().any():
             drawn["noise"] = plot.noise_figure(others, title)
+        evaluations = others.reset_index()[["index", *KEY]].merge(curves).set_index("index")
+        if evaluations["step"].nunique() > 1:
+            known = others.loc[others.index.isin(evaluations.index)]
+            drawn["training"] = plot.training_figure(known, evaluations, f"{title}, during the training")
     if ablation.any():
         drawn["ablation"] = ablation_figure(done[ablation], title)
     return drawn
 
 
 def main(args: Args) -> None:
-    rows, folder = read_inputs(args.inputs), args.output
+    (rows, curves), folder = read_inputs(args.inputs), args.output
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(folder / "runs.csv", index=False, float_format="%.6g", lineterminator="\n")  # 6 digits: small diffs
-    rows = name_lines(read_csv(folder / "runs.csv"))
+    curves.to_csv(folder / "curves.csv", index=False, float_format="%.5g", lineterminator="\n")
+    rows, curves = name_lines(read_csv(folder / "runs.csv")), read_curves(folder / "runs.csv")
     done, gone = rows[rows["missing"].isna()], rows[rows["missing"].notna()]
     command = f"python -m benchmarks.report {folder}/runs.csv --output {folder}"
     parts = ["# Our runs, and the paper's numbers beside them", f"Made by `{command}`."]
@@ -617,7 +658,7 @@ def main(args: Args) -> None:
         parts += ["## Summary", SUMMARY]
         parts += ["Oscillation:", summary(done, "oscillation"), "sm:", summary(done, "smoothness_mean")]
         for _, part in rows.groupby(["env_id", "steps"]):
-            parts += section(part, folder)
+            parts += section(part, curves, folder)
     parts += ["## Seeds trained or evaluated differently", "\n".join(different_settings(done)) or "None."]
     lines = [f"- {name_of(run)}, seed {run['seed']}: {run['missing']}" for _, run in gone.iterrows()]
     parts += ["## Runs without a result", "\n".join(lines) or "None."]

@@ -25,7 +25,7 @@ def make_run(folder, script, returns=(-300.0, -200.0, -100.0), evaluated=True, o
         buffer = script.ReplayBuffer(args.buffer_size, *sizes, torch.device("cpu"))
         script.save_checkpoint(run, 300, agent, buffer, env, origin)
         for i, value in enumerate(returns):
-            for tag, number in {"return": value, "smoothness": 0.1, "length": 200.0}.items():
+            for tag, number in {"return": value, "smoothness": 0.1, "oscillation": 0.05, "length": 200.0}.items():
                 writer.add_scalar(f"eval/{tag}", number, 100 * (i + 1))
     values = {"return_mean": returns[-1], "return_std": 20.0, "smoothness_mean": 0.1, "oscillation": 0.05}
     values |= {"length_mean": 200.0, "episodes": 10}

@@ -261,7 +261,7 @@ def test_methods_stand_in_one_order_also_after_a_warm_start():
 
 
 def test_a_wrapped_env_reports_under_the_env_inside(tmp_path):
-    told = report.read_run(make_run(tmp_path, td3, env_id="benchmarks.envs:filter/Pendulum-v1", **BASE))
+    told = report.read_run(make_run(tmp_path, td3, env_id="benchmarks.envs:filter/Pendulum-v1", **BASE))[0]
     assert (told["env_id"], told["method"], told["action_dim"]) == ("Pendulum-v1", "filter", 1)
     assert told["return_mean"] == -100
 
@@ -270,11 +270,11 @@ def test_an_evaluation_counts_only_for_the_training_that_it_is_of(tmp_path):
     run = make_run(tmp_path, td3)
     file = run / "evaluation.json"
     good = json.loads(file.read_text())
-    assert report.read_run(run)["return_mean"] == -100
+    assert report.read_run(run)[0]["return_mean"] == -100
     for stale in ({"step": 100}, {"episodes": 0}, {"version": 1}, {"step": None}):
         changed = {name: value for name, value in (good | stale).items() if value is not None}
         file.write_text(json.dumps(changed))
-        told = report.read_run(run)
+        told, _ = report.read_run(run)
         assert told["missing"].startswith("not evaluated (evaluation.json is of ") and "return_mean" not in told
 
 
@@ -283,11 +283,36 @@ def test_each_stretch_of_a_training_tells_its_machine_and_commit(tmp_path):
     stretches = [{"machine": "A", "torch": "2.13", "commit": "c1", "preload": "x.so"}]
     stretches += [{"machine": name, "torch": "2.13", "commit": "c2", "preload": None} for name in ("B", "A")]
     (run.parent / "cell.json").write_text(json.dumps({"stretches": stretches, "command": "how", "wall_seconds": None}))
-    told = report.read_run(run)
+    told, _ = report.read_run(run)
     assert [told[name] for name in report.MADE] == ["A, LD_PRELOAD=x.so; B; A", "2.13", "c1; c2"]
     assert (told["command"], told["wall_seconds"]) == ("how", None)
     (run.parent / "cell.json").write_text('{"machine": "one", "torch": "2", "commit": "abc"}')  # an older cell
-    assert [report.read_run(run)[name] for name in report.MADE] == ["one", "2", "abc"]
+    assert [report.read_run(run)[0][name] for name in report.MADE] == ["one", "2", "abc"]
+
+
+def test_the_evaluations_during_the_training_are_those_of_the_run_that_counts(tmp_path, drawn):
+    cells = tmp_path / "sweep"
+    for seed in (1, 2):
+        make_run(cells / f"base {seed}", td3, seed=seed, **BASE)
+        make_run(cells / f"pave {seed}", td3, seed=seed, returns=(-9.0, -8.0, -7.0))
+    make_run(cells / "none", td3, seed=3, evaluated=False)
+    report.main(report.Args((cells,), tmp_path / "old"))
+    curves = pd.read_csv(tmp_path / "old/curves.csv").set_index(["method", "seed"])
+    assert curves.loc[("pave", 2), ["step", "return"]].to_numpy().tolist() == [[100, -9], [200, -8], [300, -7]]
+    assert set(curves.index) == {("base", 1), ("base", 2), ("pave", 1), ("pave", 2)} and len(curves) == 12
+    assert set(curves["oscillation"]) == {0.05}
+    lines = drawn["Pendulum-v1_300_training.png"].axes[0].lines
+    assert lines[0].get_ydata().tolist() == [-300, -200, -100] and len(lines) == 6  # a median, two seeds
+    make_run(tmp_path / "again", td3, seed=1, returns=(-6.0,), **BASE)  # evaluated more seldom
+    report.main(report.Args((tmp_path / "old/runs.csv", tmp_path / "again"), tmp_path / "new"))
+    curves = pd.read_csv(tmp_path / "new/curves.csv").set_index(["method", "seed"])
+    assert curves.loc[[("base", 1)], ["step", "return"]].to_numpy().tolist() == [[100, -6]] and len(curves) == 10
+    assert drawn["Pendulum-v1_300_training.png"].axes[0].lines[0].get_xdata().tolist() == [100]  # which both have
+    (tmp_path / "new/curves.csv").unlink()  # an older report has none
+    report.main(report.Args((tmp_path / "new/runs.csv",), tmp_path / "older"))
+    assert len((tmp_path / "older/curves.csv").read_text().splitlines()) == 1
+    (tmp_path / "new/curves.csv").write_text("a,b\n1,2\n")
+    assert "curves.csv" in fails("benchmarks.report", tmp_path / "new/runs.csv")
 
 
 def test_a_section_says_where_and_by_what_its_runs_were_made(tmp_path):
@@ -303,7 +328,8 @@ def test_a_section_says_where_and_by_what_its_runs_were_made(tmp_path):
 def test_the_published_report_is_that_of_its_csv(tmp_path):
     published = (PUBLISHED / "report.md").read_text()
     report.main(report.Args((PUBLISHED / "runs.csv",), tmp_path))
-    assert (tmp_path / "runs.csv").read_bytes() == (PUBLISHED / "runs.csv").read_bytes()
+    for name in ("runs.csv", "curves.csv"):
+        assert (tmp_path / name).read_bytes() == (PUBLISHED / name).read_bytes()
     assert (tmp_path / "report.md").read_text().replace(str(tmp_path), "benchmarks/results/report") == published
     assert set(re.findall(r"!\[.*\]\((.*)\)", published)) == {path.name for path in PUBLISHED.glob("*.png")}
     assert max(path.stat().st_size for path in PUBLISHED.glob("*.png")) < 80_000
