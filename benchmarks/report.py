@@ -632,8 +632,8 @@ def figures(done: pd.DataFrame, curves: pd.DataFrame, title: str) -> dict[str, p
         if others["return_mean@0.1"].notna().any():
             drawn["noise"] = plot.noise_figure(others, title)
         evaluations = others.reset_index()[["index", *KEY]].merge(curves).set_index("index")
-        if evaluations["step"].nunique() > 1:
-            known = others.loc[others.index.isin(evaluations.index)]
+        known = others.loc[others.index.isin(evaluations.index)]
+        if evaluations["step"].nunique() > 1 and known["line"].nunique() > 1:
             drawn["training"] = plot.training_figure(known, evaluations, f"{title}, during the training")
     if ablation.any():
         drawn["ablation"] = ablation_figure(done[ablation], title)
