@@ -46,7 +46,7 @@ AXES = {
     "length_mean": "steps per episode",
     "oscillation": "oscillation in env action units\n(lower is smoother)",
 }
-EVALUATIONS = ("return", "smoothness", "oscillation")  # what read_evaluations takes of each
+EVALUATIONS = ("return", "smoothness", "oscillation")  # what is kept of an evaluation during the training
 TAGS = {f"eval/{name.removesuffix('_mean')}": text for name, text in AXES.items()}
 STYLE = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 11, "font.size": 10,
@@ -96,10 +96,18 @@ def name_seeds(shown) -> list[tuple[str, Run]]:
     return [(f"{name}, seed {run.args.seed}" if labels.count(name) > 1 else name, run) for name, run in shown]
 
 
+def last_part(method: str) -> str:
+    """pave of base-then-pave."""
+    return method.rpartition("-then-")[2]
+
+
 def colours_of(labels) -> dict[str, str]:
-    """A method has its own colour; SAC and TD3 in one panel, or labels of the user's, have them in order."""
+    """A method has its own colour, also after a warm start.
+
+    SAC and TD3 in one panel, or labels of the user's, have them in order.
+    """
     labels = list(dict.fromkeys(labels))
-    methods = [label.rpartition(" ")[2].rpartition("-then-")[2] for label in labels]
+    methods = [last_part(label.rpartition(" ")[2]) for label in labels]
     if set(methods) <= set(METHODS) and len(set(methods)) == len(methods):
         return {label: COLOURS[method] for label, method in zip(labels, methods, strict=True)}
     if len(labels) <= len(COLOURS):
@@ -189,7 +197,10 @@ def noise_figure(rows: pd.DataFrame, title: str) -> plt.Figure:
 
 
 def training_figure(rows: pd.DataFrame, evaluations: pd.DataFrame, title: str) -> plt.Figure:
-    """Return and oscillation over the training; evaluations: of the runs of these rows, by their index, and step."""
+    """Return and oscillation over the training.
+
+    rows: a row for each run; evaluations: a row for each of its evaluations, with step and the index of the run's row
+    """
     figure, parts = pairs_of_panels(rows, title)
     colours = colours_of(rows["line"])
     for axes, name, _, seeds in parts:
@@ -262,28 +273,25 @@ def effect_figure(dots: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def read_events(run: Run) -> EventAccumulator:
-    """The run's TensorBoard files."""
-    return EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
+def read_scalars(run: Run) -> dict[str, pd.Series]:
+    """tag -> its values by step, of the run's TensorBoard files."""
+    events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
+    tags = sorted(events.Tags()["scalars"])
+    return {tag: pd.Series({event.step: event.value for event in events.Scalars(tag)}) for tag in tags}
 
 
 def read_curve(run: Run, tag: str) -> pd.Series:
     """The values of one tag of the run's TensorBoard files by step; UserError if it isn't there."""
-    events = read_events(run)
-    has = sorted(events.Tags()["scalars"])
-    require(tag in has, f"{run.path} has no {tag} in its TensorBoard files: it has {', '.join(has)}")
-    return pd.Series({event.step: event.value for event in events.Scalars(tag)})
+    scalars = read_scalars(run)
+    require(tag in scalars, f"{run.path} has no {tag} in its TensorBoard files: it has {', '.join(scalars)}")
+    return scalars[tag]
 
 
 def read_evaluations(run: Run) -> pd.DataFrame:
-    """A row for each evaluation during the training: step, return, smoothness, oscillation; NaN for what is missing."""
-    events = read_events(run)
-    has = events.Tags()["scalars"]
-    columns = {}
-    for name in EVALUATIONS:
-        tag = f"eval/{name}"
-        columns[name] = {event.step: event.value for event in events.Scalars(tag)} if tag in has else {}
-    return pd.DataFrame(columns, dtype=float).rename_axis("step").sort_index().reset_index()
+    """A row for each evaluation during the training: step, and EVALUATIONS; NaN for what is missing."""
+    scalars = read_scalars(run)
+    columns = {name: scalars.get(f"eval/{name}", pd.Series(dtype=float)) for name in EVALUATIONS}
+    return pd.DataFrame(columns).rename_axis("step").reset_index()
 
 
 def curves(runs: Paths, labels: Labels = (), output: Output = Path("curves.png"), tags: Tags = tuple(TAGS)[:3]) -> None:

@@ -243,7 +243,7 @@ def in_order(column: pd.Series) -> pd.Series:
     """
     if column.name == "method":
         places = {method: f"{i:02}" for i, method in enumerate(plot.METHODS)}
-        return column.map(lambda method: f"{start_of(method)} {places.get(last_part(method), method)}")
+        return column.map(lambda method: f"{start_of(method)} {places.get(plot.last_part(method), method)}")
     return column.replace("", "~") if column.name == "settings" else column
 
 
@@ -281,11 +281,6 @@ def tell_apart(method: str, lines: pd.DataFrame) -> dict[str, str]:
     return labels
 
 
-def last_part(method: str) -> str:
-    """pave of base-then-pave."""
-    return method.rpartition("-then-")[2]
-
-
 def start_of(method: str) -> str:
     """base of base-then-pave; "" from scratch."""
     return method.rpartition("-then-")[0]
@@ -297,7 +292,7 @@ def reference_method(method: str, methods) -> str:
     methods: those that there are.
     """
     if start := start_of(method):
-        wrapper = last_part(method).partition("+")[0]
+        wrapper = plot.last_part(method).partition("+")[0]
         return f"{start}-then-{wrapper if wrapper in WRAPPERS else 'base'}"
     alone = method.startswith("ablation-") or "base" not in methods
     return "ablation-000" if alone and "ablation-000" in methods else "base"
@@ -486,7 +481,7 @@ def same_settings_twice(rows: pd.DataFrame) -> str:
 def summary(rows: pd.DataFrame, measure: str) -> str:
     """The measure over base's: a line for each env and agent at its largest number of steps; warm starts apart."""
     rows = rows[rows[measure].notna()]
-    rows = rows[rows["method"].map(last_part).isin(plot.METHODS)]
+    rows = rows[rows["method"].map(plot.last_part).isin(plot.METHODS)]
     lines = []
     for (algorithm, env_id, start), runs in rows.groupby(["algorithm", "env_id", rows["method"].map(start_of)]):
         runs = runs[runs["steps"] == runs["steps"].max()]
@@ -511,7 +506,7 @@ def compared_with(base: pd.DataFrame, runs: pd.DataFrame, measure: str) -> dict[
         than = reference(runs, line)
         if line != base["line"].iloc[0] and (than.empty or than["line"].iloc[0] != base["line"].iloc[0]):
             continue
-        x, y, method = ours[measure], base[measure], last_part(ours["method"].iloc[0])
+        x, y, method = ours[measure], base[measure], plot.last_part(ours["method"].iloc[0])
         ratio = f"{centre(x) / centre(y):.2f} ({x.min() / y.max():.2f} to {x.max() / y.min():.2f})"
         cells[method] = "several settings, see below" if method in cells else ratio
     return cells
@@ -522,7 +517,7 @@ def effect(rows: pd.DataFrame) -> pd.DataFrame:
 
     rows: finished runs, with `line`. The ablation's subsets have a figure of their own.
     """
-    rows = rows[rows["oscillation"].notna() & rows["method"].map(last_part).isin(plot.METHODS)]
+    rows = rows[rows["oscillation"].notna() & rows["method"].map(plot.last_part).isin(plot.METHODS)]
     tables = []
     for (env_id, algorithm, steps, start), runs in rows.groupby(
         ["env_id", "algorithm", "steps", rows["method"].map(start_of)]
@@ -547,7 +542,7 @@ def effect_of(runs: pd.DataFrame, line: str) -> pd.DataFrame:
     gained = reached - plain["random_return"].median()  # NaN where random's return wasn't measured
     worse = (seeds["return_mean"] < reached - WORSE * gained) & (gained > 0)  # of nothing nothing is lost
     ratio = seeds["oscillation"] / plain["oscillation"].median()
-    dots = pd.DataFrame({"line": line, "method": last_part(method), "ratio": ratio, "worse": worse})
+    dots = pd.DataFrame({"line": line, "method": plot.last_part(method), "ratio": ratio, "worse": worse})
     return dots[dots["ratio"] > 0]  # none, or an action that never changes: no place on a logarithmic axis
 
 
@@ -631,7 +626,8 @@ def figures(done: pd.DataFrame, curves: pd.DataFrame, title: str) -> dict[str, p
         drawn["tradeoff"] = plot.tradeoff_figure(others, title)
         if others["return_mean@0.1"].notna().any():
             drawn["noise"] = plot.noise_figure(others, title)
-        evaluations = others.reset_index()[["index", *KEY]].merge(curves).set_index("index")
+        runs = others[KEY].assign(row=others.index)
+        evaluations = runs.merge(curves).set_index("row")
         known = others.loc[others.index.isin(evaluations.index)]
         if evaluations["step"].nunique() > 1 and known["line"].nunique() > 1:
             drawn["training"] = plot.training_figure(known, evaluations, f"{title}, during the training")

@@ -50,6 +50,7 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     labels = [label for label, _ in plot.open_runs([runs[name] for name in ("base", "base_2", "pave", "td3")])]
     assert labels == ["SAC base", "SAC base", "SAC pave", "TD3 base"]
     assert plot.colours_of(["auto"])["auto"] == plot.colours_of(["SAC base", "SAC auto"])["SAC auto"]
+    assert plot.colours_of(["base-then-base", "base-then-auto"])["base-then-auto"] == plot.COLOURS["auto"]
     assert len(set(plot.colours_of(["SAC base", "TD3 base"]).values())) == 2
     assert len({str(colour) for colour in plot.colours_of("abcdefghijkl").values()}) == 12
     run = load_run(runs["base"])
@@ -59,6 +60,18 @@ def test_groups_are_by_method_and_algorithm_and_have_one_setting_and_one_colour(
     assert "runs of a differ in q_lr" in fails("benchmarks.plot", *both, "--labels", "a", "a")
     plot.curves(both[1:], ("a", "b"))
     assert len(figures[0].axes[0].lines) == 2
+
+
+def test_ten_seeds_are_a_band_around_the_median_and_nine_are_lines():
+    values = np.arange(10.0)[:, None] * [1, 2]
+    figure, (few, many) = plot.plt.subplots(1, 2)
+    plot.draw_seeds(few, [0, 1], values[:9], "k", "x")
+    plot.draw_seeds(many, [0, 1], values, "k", "x")
+    assert len(few.lines) == 10 and not few.collections
+    assert len(many.lines) == 1 and many.lines[0].get_ydata().tolist() == [4.5, 9]
+    edges = many.collections[0].get_paths()[0].vertices
+    assert [edges[:, 1].min(), edges[:, 1].max()] == [2.25, 13.5]  # the quarters at x = 0 and 1
+    plot.plt.close(figure)
 
 
 def test_figures_show_every_seed_and_their_median(runs, figures):
