@@ -446,9 +446,13 @@ def against(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, str]:
 
 
 def seeds_table(rows: pd.DataFrame) -> str:
-    """Each seed's oscillation and return, for the lines that the table above shows as an interval; else ""."""
-    lines = []
-    for (algorithm, line), seeds in enough_seeds(rows).groupby(["algorithm", "line"], sort=False):
+    """Each seed's oscillation and return, where the table above shows an interval, and after a warm start; else "".
+
+    After a warm start the same seed is the same agent, gone on in several ways.
+    """
+    done, lines = rows[rows["missing"].isna()], []
+    shown = done.index.isin(enough_seeds(rows).index) | (done["method"].map(start_of) != "")
+    for (algorithm, line), seeds in done[shown].groupby(["algorithm", "line"], sort=False):
         for heading in ("oscillation", "return"):
             cells = {"seed": f"{algorithm.upper()} {line}, {heading}"}
             for _, run in seeds.sort_values("seed").iterrows():

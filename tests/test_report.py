@@ -132,6 +132,12 @@ def test_ten_seeds_are_compared_with_the_rivals_and_shown_one_by_one(tmp_path):
     assert "The seeds" not in make(tmp_path, few[:9])
 
 
+def test_the_seeds_of_a_warm_start_are_shown_however_few():
+    rows = pd.DataFrame([row(method, seed, line=method) for method in ("base", "base-then-pave") for seed in (1, 2)])
+    seeds = table(report.seeds_table(rows.assign(missing=None)), " 2 ")
+    assert [*seeds] == ["TD3 base-then-pave, oscillation", "TD3 base-then-pave, return"]
+
+
 def test_two_warm_starts_of_one_seed_are_both_shown():
     rows = pd.DataFrame([row("base-then-base", seed, identity="a", origin="x", line="l") for seed in range(1, 10)])
     again = pd.DataFrame([row("base-then-base", 9, identity="a", origin="y", line="l", oscillation=0.7)])
